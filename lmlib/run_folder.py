@@ -1,0 +1,222 @@
+"""A run's folder: who may write to it, whether it was made with these parameters, and what it records."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmlib.config import PROJECT_ROOT, RunConfig
+from lmlib.data import TokenStore
+
+# What may differ when a run is continued; a change of anything else would make another run of it.
+MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir", "on_nonfinite"}
+ONLY_MLA = {"q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of metrics.jsonl: what happened at a step.
+
+    `kind` is "step", "eval", "checkpoint" or "done" (or "nonfinite", "out_of_memory"). Its values are attributes
+    too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
+    """
+
+    kind: str
+    step: int
+    values: dict[str, Any]
+    timing: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        for values in (self.__dict__.get("values", {}), self.__dict__.get("timing", {})):
+            if name in values:
+                return values[name]
+        raise AttributeError(f"a record of kind {self.__dict__.get('kind')!r} has no {name!r}")
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "step": self.step, **self.values, "timing": self.timing})
+
+
+class Metrics:
+    """metrics.jsonl, opened at the byte that a checkpoint recorded: all that came after it is forgotten."""
+
+    def __init__(self, path: Path, size: int):
+        if size > (path.stat().st_size if path.exists() else 0):
+            raise ValueError(f"{path} is shorter than its checkpoint says; it was changed by hand.")
+        self.file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+        self.file.truncate(size)
+
+    def append(self, record: Record):
+        self.file.write(record.to_json().encode() + b"\n")
+        self.file.flush()
+
+    def size(self) -> int:
+        """Bytes so far, flushed to disk."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def close(self):
+        self.file.close()
+
+
+@contextmanager
+def one_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run for this process. The system drops the lock with the process, so a stale one is no obstacle.
+
+    Raises:
+        ValueError: another process holds it; its pid is named.
+    """
+    path = run_dir.parent / ".locks" / f"{run_dir.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{run_dir} is being written by process {file.read().strip() or 'unknown'}; "
+                "stop that one first, or choose another run_name."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def write_json(path: Path, content: Any):
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file of the run, None if there is none.
+
+    Raises:
+        ValueError: it is there and damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def continued(config: RunConfig) -> RunConfig:
+    """`config`, with what it leaves open taken from the run that stands in its folder, if one does.
+
+    Raises:
+        ValueError: that run was made with other parameters; each is named with both values.
+    """
+    recorded = read_json(config.run_dir / "config.json")
+    if recorded is None:
+        return config
+    for name in ("vocab_size", "init_step"):
+        if getattr(config, name) is None and recorded.get(name) is not None:
+            config = replace(config, **{name: recorded[name]})
+    unused = ONLY_MLA if config.attention == "mha" else set()
+    different = [
+        f"{name} is {value!r} and was {recorded.get(name)!r}"
+        for name, value in config.to_dict().items()
+        if name not in MAY_CHANGE | unused and value != recorded.get(name)
+    ]
+    if config.total_steps < recorded.get("total_steps", 0):
+        different.append(f"total_steps is {config.total_steps} and was {recorded['total_steps']}; it may only grow")
+    if different:
+        raise ValueError(
+            f"{config.run_dir} holds a run made with other parameters:\n"
+            + "\n".join(f"  - {line}" for line in different)
+            + "\nChoose another run_name, or give these the values they had."
+        )
+    return config
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """results.json, if the run in the folder has made all the steps that are asked for."""
+    results = read_json(config.run_dir / "results.json")
+    return results if results and results["total_steps"] == config.total_steps else None
+
+
+def run_key(config: RunConfig) -> str:
+    """What makes this run itself: a hash of all parameters that may not change."""
+    fixed = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def environment(store: TokenStore, device: torch.device) -> dict[str, Any]:
+    """What was installed, on what machine, on which data."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("lmlib", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "corpus": {name: store.info[name] for name in ("training", "held-out", "held_out_share")},
+        "fingerprints": store.info["sha256"],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of lmlib's code, marked when files differ from it; None outside a repository."""
+    try:
+        git = ["git", "-C", str(PROJECT_ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "lmlib"], capture_output=True, text=True, check=True)
+        return commit + (" (changed)" if changed.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the environment that a run was begun in and makes its continuation inexact.
+
+    Raises:
+        ValueError: the data differ, so that this would not be the same run.
+    """
+    if before["fingerprints"] != now["fingerprints"]:
+        names = [n for n, sha in now["fingerprints"].items() if before["fingerprints"].get(n) != sha]
+        raise ValueError(
+            f"The data of this run have changed ({', '.join(names)}): its corpus or tokenizer is no longer what it was "
+            "trained on. Bring the old text back, or start a run of another name (init_from keeps the weights)."
+        )
+    found = [f"{k} was {before.get(k)}, is {now[k]}" for k in ("device", "threads", "git_commit") if before.get(k) != now[k]]
+    found += [f"{k} was {before['versions'].get(k)}, is {v}" for k, v in now["versions"].items() if before["versions"].get(k) != v]
+    return found
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
