@@ -411,9 +411,7 @@ def config_of(folder: Path) -> RunConfig:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     kinds = {"deepseek_v3": "mla", "llama": "mha"}
     if settings.get("model_type") not in kinds:
-        raise CheckpointError(
-            f"{folder} holds a {settings.get('model_type')} model; lmlib reads {', '.join(sorted(kinds))}."
-        )
+        raise CheckpointError(f"{folder} holds a {settings.get('model_type')} model; lmlib reads {', '.join(sorted(kinds))}.")
     attention = kinds[settings["model_type"]]
     if attention == "mla" and settings["first_k_dense_replace"] < settings["num_hidden_layers"]:
         raise CheckpointError(f"{folder} has layers of experts (first_k_dense_replace), which this lmlib lacks.")

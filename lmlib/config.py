@@ -38,13 +38,13 @@ class RunConfig:
     corpus_config: str | None = None        # configuration of a Hugging Face dataset
     corpus_split: str = "train"             # split of a Hugging Face dataset
     text_column: str = "text"               # column that holds the text (.jsonl, .parquet, Hugging Face)
-    validation_corpus: str | None = None    # held-out text from elsewhere; null: split the corpus by content
+    validation_corpus: str | None = None    # held-out text from elsewhere; None: split the corpus by content
     validation_fraction: float = 0.1        # share of documents held out, decided by a hash of each document
     validation_windows: int = 128           # windows in every evaluation, always the same ones
     tokenizer: str = "train"                # "train": byte-level BPE made here; or a folder or Hugging Face id
-    vocab_size: int | None = 2048           # embedding rows; null: the size of a ready-made tokenizer
+    vocab_size: int | None = 2048           # embedding rows; None: the size of a ready-made tokenizer
     sequence_length: int = 256              # tokens in a window
-    max_tokens: int | None = None           # limit on the training side; null: all of the corpus
+    max_tokens: int | None = None           # limit on the training side; None: all of the corpus
 
     # Model
     hidden_size: int = 256                  # width of the residual stream
@@ -53,7 +53,7 @@ class RunConfig:
     intermediate_size: int = 704            # width of the SwiGLU feed-forward
     attention: Literal["mla", "mha"] = "mla"  # latent attention (DeepSeek-V3) or plain multi-head (Llama)
     feed_forward: Literal["mlp"] = "mlp"    # SwiGLU in every layer
-    q_lora_rank: int | None = None          # mla: width of the compressed query; null: not compressed
+    q_lora_rank: int | None = None          # mla: width of the compressed query; None: not compressed
     kv_lora_rank: int = 128                 # mla: width of the compressed keys and values
     qk_rope_head_dim: int = 32              # mla: rotated dimensions of a head
     qk_nope_head_dim: int = 32              # mla: unrotated dimensions of a head
@@ -65,12 +65,12 @@ class RunConfig:
 
     # Start from another model
     init_from: str | None = None            # a run, checkpoint or Hugging Face folder whose weights to start from
-    init_step: int | None = None            # which checkpoint of that run; null: the newest
+    init_step: int | None = None            # which checkpoint of that run; None: the newest
 
     # Training
     total_steps: int = 600                  # updates to make
     batch_size: int = 16                    # windows in an update
-    micro_batch_size: int | None = None     # windows at a time, to save memory; null: the whole batch
+    micro_batch_size: int | None = None     # windows at a time, to save memory; None: the whole batch
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
     learning_rate: float = 0.003            # AdamW's peak
     muon_learning_rate: float = 0.02        # Muon's peak
@@ -209,9 +209,24 @@ def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict
         names = {name: namespace[name] for name in re.findall(r"^(\w+)\s*=", cell, re.MULTILINE) if name in namespace}
         if cell.lstrip().startswith("# Parameters"):
             injected = names
-        elif "recipe" in names:
+        elif "run_name" in names:
             edited = names
     return injected, edited
+
+
+def notebook_run(namespace: dict[str, Any]) -> Path:
+    """The run's folder that a notebook's `output_dir` and `run_name` mean, once every injected name is known.
+
+    Parameters of a recipe are welcome too, so that one file serves every notebook.
+
+    Raises:
+        ValueError: papermill injected a name that neither the notebook nor RunConfig has.
+    """
+    injected, own = notebook_parameters(namespace)
+    known = get_type_hints(RunConfig).keys() | own.keys()
+    if unknown := sorted(injected.keys() - known):
+        raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {_unknown(n, known)}" for n in unknown))
+    return resolve_path(namespace["output_dir"]) / namespace["run_name"]
 
 
 # ---------------------------------------------------------------------------------------------------

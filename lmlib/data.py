@@ -245,6 +245,16 @@ class TokenStore:
         """Embedding rows: what was asked, or the tokenizer's size."""
         return self.config.vocab_size or len(self.tokenizer)
 
+    def describe(self) -> str:
+        """The two sides in a few lines of text."""
+        lines = [f"{self.config.corpus}, in tokens of a vocabulary of {len(self.tokenizer):,}"]
+        for side in ("training", "held-out"):
+            count = self.info[side]
+            lines.append(
+                f"{side:>9}: {count['documents']:>9,} documents {count['bytes']:>15,} bytes {count['tokens']:>13,} tokens"
+            )
+        return "\n".join([*lines, f"{self.info['held_out_share']:.1%} of the tokens are held out."])
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of update `step` (1, 2, ...): two (batch_size, sequence_length) int64.
 

@@ -60,9 +60,7 @@ class LatentAttention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
-        )
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:  # (B, T, C), (2, T, R / 2) -> (B, T, C)

@@ -214,7 +214,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             "trained on. Bring the old text back, or start a run of another name (init_from keeps the weights)."
         )
     found = [f"{k} was {before.get(k)}, is {now[k]}" for k in ("device", "threads", "git_commit") if before.get(k) != now[k]]
-    found += [f"{k} was {before['versions'].get(k)}, is {v}" for k, v in now["versions"].items() if before["versions"].get(k) != v]
+    found += [
+        f"{k} was {before['versions'].get(k)}, is {v}" for k, v in now["versions"].items() if before["versions"].get(k) != v
+    ]
     return found
 
 

@@ -50,8 +50,7 @@ def train(config: RunConfig) -> Iterator[Record]:
         yield Record("done", config.total_steps, results, {})
         return
     with one_sentence(config.run_dir), numerics(config, device):
-        parent = checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
-        store = data.prepare(config, tokenizer=tokenizer_of(config, parent))
+        parent, store = parent_of(config), open_store(config)
         config = replace(config, vocab_size=store.vocab_size, init_step=step_of(parent))
         with run_folder.one_writer(config.run_dir), stop_requests(config.run_dir) as stop_asked:
             yield from _loop(config, store, device, parent, stop_asked)
@@ -96,9 +95,10 @@ def _loop(
             optim.state_tensors(model, optimizers),
             config=config,
             tokenizer=store.tokenizer,
-            val_loss=scores.get("val_loss"),
+            val_loss=scores["val_loss"],
             state={
                 "run": run_folder.run_key(config),
+                "val_loss": scores["val_loss"],
                 "metrics_size": metrics.size(),
                 "micro_batch_size": micro,
                 "skipped": skipped,
@@ -107,10 +107,7 @@ def _loop(
         )
 
     try:
-        if state["step"] in (0, config.total_steps):
-            scores = evaluate()
-        else:
-            scores = {"val_loss": checkpoint.verify(last)["val_loss"]}
+        scores = evaluate() if state["step"] in (0, config.total_steps) else {"val_loss": state["val_loss"]}
         if state["step"] == 0:
             yield emit("eval", 0, scores)
 
@@ -183,9 +180,7 @@ def _loop(
 # One update
 
 
-def gradients(
-    model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int, step: int, dtype: torch.dtype
-) -> float:
+def gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int, step: int, dtype: torch.dtype) -> float:
     """Put the gradient of a batch's mean loss into the parameters, `micro` windows at a time; returns the loss."""
     device = next(model.parameters()).device
     model.train()
@@ -242,6 +237,31 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
     if different:
         raise ValueError(f"The model in {source} has another shape. To start from it, set {', '.join(different)}.")
     return checkpoint.load_weights(source, config)
+
+
+def parent_of(config: RunConfig) -> Path | None:
+    """The model folder that the run starts from; None for random weights."""
+    return checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
+
+
+def open_store(config: RunConfig) -> data.TokenStore:
+    """The tokens that a run trains and is judged on, in its own tokenizer or, with `init_from`, in its parent's."""
+    return data.prepare(config, tokenizer=tokenizer_of(config, parent_of(config)))
+
+
+def greeting(config: RunConfig) -> str:
+    """What `train(config)` is about to do, in a line; ValueError if the folder holds another run."""
+    config = run_folder.continued(config)
+    recorded = run_folder.read_json(config.run_dir / "config.json")
+    steps = checkpoint.checkpoint_steps(config.run_dir)
+    if run_folder.finished(config):
+        return f"{config.run_dir} is finished: {config.total_steps} steps. To go on, raise total_steps."
+    if not steps:
+        return f"A new run of {config.total_steps} steps in {config.run_dir}."
+    stretched = recorded and recorded["total_steps"] < config.total_steps
+    return f"Going on after step {steps[-1]} of {config.total_steps} in {config.run_dir}." + (
+        f" The cosine that was to end at step {recorded['total_steps']} is stretched to the new end." if stretched else ""
+    )
 
 
 def tokenizer_of(config: RunConfig, parent: Path | None) -> str | None:

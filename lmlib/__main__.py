@@ -1,0 +1,243 @@
+"""The terminal: python -m lmlib train | notebook | generate | checkpoints | runs | stop."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, read_parameters, resolve_path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; what a user can cause ends in a sentence on standard error and exit status 1."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped}" if str(stopped) else "\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m lmlib", description="Train, watch and use small language models.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, function: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function)
+        return command
+
+    for name, function, help in (
+        ("train", train, "train a recipe, or go on training it"),
+        ("notebook", notebook, "the same by papermill, leaving the executed notebook in the run's folder"),
+    ):
+        command = add(name, function, help)
+        command.add_argument("params", nargs="?", default="params/quickstart.yaml", help="a recipe in params/")
+        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+
+    command = add("generate", generate, "write text with a run's model")
+    command.add_argument("run", help="a run's folder, a checkpoint, or a Hugging Face folder")
+    command.add_argument("--step", type=int, help="which checkpoint (the newest)")
+    command.add_argument("--mode", choices=("interactive", "batch"), default="interactive")
+    command.add_argument("--prompts", nargs="+", default=[], help="prompts of batch mode")
+    for name, kind, default in SETTINGS:
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"({default})")
+
+    add("checkpoints", checkpoints, "list a run's checkpoints").add_argument("run")
+    add("runs", runs, "list the runs").add_argument("output_dir", nargs="?", default="outputs")
+    add("stop", stop, "ask a run to save and stop, from anywhere").add_argument("run")
+    return top
+
+
+SETTINGS = [
+    ("max_new_tokens", int, 100),
+    ("temperature", float, 0.8),
+    ("top_k", int, 50),
+    ("top_p", float, 0.95),
+    ("seed", int, 0),
+]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(options: argparse.Namespace):
+    config = RunConfig.load(options.params, **parse_overrides(options.p))
+    from lmlib import figures, run_folder, training
+
+    print(training.greeting(config), flush=True)
+    if run_folder.finished(config):
+        return
+    for record in training.train(config):
+        print(figures.describe(record, config.total_steps), flush=True)
+    figures.save_curves(config.run_dir)
+
+
+def notebook(options: argparse.Namespace):
+    """Check every parameter, then let papermill run train.ipynb into the run's folder."""
+    given = {**read_parameters(options.params), **parse_overrides(options.p)}
+    config = RunConfig(**given)
+    from lmlib import run_folder
+
+    executed = config.run_dir / "train.ipynb"
+    if run_folder.finished(run_folder.continued(config)) and executed.exists():
+        print(
+            f"{config.run_dir} is finished: {config.total_steps} steps, and {executed.name} is left as it is.\n"
+            'To go on, raise total_steps (ARGS="-p total_steps N"); to start anew, choose another run_name.'
+        )
+        return 0
+    import papermill
+    from traitlets.config import Config
+
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            PROJECT_ROOT / "notebooks" / "train.ipynb",
+            executed,
+            parameters={name: getattr(config, name) for name in given},
+            cwd=str(PROJECT_ROOT),
+            log_output=True,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            progress_bar=False,
+            config=Config({"KernelManager": {"transport": "ipc"}}),  # no port that other users of the machine could reach
+        )
+    except papermill.PapermillExecutionError as error:
+        print(f"Error: {error.ename}: {error.evalue}\nThe notebook so far: {executed}", file=sys.stderr)
+        return 1
+    print(f"\nEverything is in {config.run_dir}: open train.ipynb or training_curves.html there.")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(options: argparse.Namespace) -> int:
+    from lmlib import checkpoint, generation
+
+    settings = {name: getattr(options, name) for name, _, _ in SETTINGS}
+    if options.mode == "batch" and not options.prompts:
+        raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time"')
+    model, tokenizer = checkpoint.load(options.run, options.step)
+    generation.check_settings(model.config.vocab_size, **settings)
+    if options.mode == "interactive":
+        return _interact(options.run, model, tokenizer, settings)
+    for prompt in options.prompts:
+        print(f"🎯 Prompt: {prompt}\n🤖 Generated: {prompt}", end="")
+        for piece in generation.stream(model, tokenizer, prompt, **settings):
+            print(printable(piece), end="", flush=True)
+        print("\n")
+    return 0
+
+
+def _interact(run: str, model: Any, tokenizer: Any, settings: dict[str, Any]) -> int:
+    from lmlib import checkpoint, generation
+
+    print("Type a prompt. Also: checkpoints, load <step>, params, quit.")
+    while True:
+        try:
+            line = input("🎯 Prompt: ")
+        except EOFError:
+            print()
+            return 0
+        try:
+            match line.split():
+                case ["quit" | "exit"]:
+                    return 0
+                case ["checkpoints"]:
+                    _print_checkpoints(resolve_path(run))
+                case ["load", step] if step.isdecimal():
+                    model, tokenizer = checkpoint.load(run, int(step))
+                    print(f"Loaded step {step}.")
+                case ["params"]:
+                    print("\n".join(f"{name}: {value}" for name, value in settings.items()))
+                case _:
+                    print(f"🤖 Generated: {line}", end="")
+                    for piece in generation.stream(model, tokenizer, line, **settings):
+                        print(printable(piece), end="", flush=True)
+                    print("\n")
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+        except ValueError as error:
+            print(f"Error: {error}")
+
+
+def printable(text: str) -> str:
+    """Text from a model, safe for a terminal: control characters become visible instead of acting."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Looking around
+
+
+def checkpoints(options: argparse.Namespace):
+    run_dir = resolve_path(options.run)
+    if not run_dir.is_dir():
+        raise ValueError(f"There is no run {options.run}. `python -m lmlib runs` lists the runs.")
+    _print_checkpoints(run_dir)
+
+
+def _print_checkpoints(run_dir: Path):
+    from lmlib import checkpoint
+
+    steps = checkpoint.checkpoint_steps(run_dir)
+    for step in steps:
+        folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
+        try:
+            manifest = checkpoint.verify(folder)
+            state = "  (can be continued)" if (folder / "training_state").is_dir() else ""
+            print(f"step {step:>7}  held-out loss {manifest['val_loss']:.4f}  {manifest['timestamp']}{state}")
+        except ValueError as error:
+            print(f"step {step:>7}  {error}")
+    if not steps:
+        print(f"{run_dir} has no checkpoint yet.")
+
+
+def runs(options: argparse.Namespace):
+    folder = resolve_path(options.output_dir)
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    for run_dir in found:
+        evals, steps = [], [0]
+        for line in (run_dir / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
+            try:
+                record = json.loads(line)
+                steps.append(record["step"])
+                evals += [record["val_loss"]] if record["kind"] == "eval" else []
+            except (ValueError, KeyError, TypeError):  # a line being written
+                continue
+        state = "finished" if (run_dir / "results.json").exists() else "unfinished"
+        best = f"{min(evals):.4f}" if evals else "-"
+        print(f"{run_dir.name:<24} {state:<11} step {max(steps):>7}  best held-out loss {best}")
+    if not found:
+        print(f"There is no run in {folder}.")
+
+
+def stop(options: argparse.Namespace):
+    run_dir = resolve_path(options.run)
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"There is no run {options.run}. `python -m lmlib runs` lists the runs.")
+    (run_dir / "stop").touch()
+    print(f"Asked {run_dir.name} to stop; it ends the step at hand, saves and stops.")
+    for _ in range(600):
+        if not (run_dir / "stop").exists():
+            print("It is stopping.")
+            return
+        time.sleep(0.1)
+    (run_dir / "stop").unlink(missing_ok=True)
+    raise ValueError(f"{run_dir.name} did not answer within a minute; is it running?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
