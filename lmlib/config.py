@@ -198,19 +198,20 @@ def parse_overrides(pairs: list[tuple[str, str]]) -> dict[str, Any]:
 def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(injected by papermill, assigned in the parameters cell) among a notebook's variables.
 
-    IPython keeps every executed cell in `In`; papermill starts its own with "# Parameters". In a plain
-    dict, without `In`, every public plain value counts as injected.
+    IPython keeps every executed cell in `In`; papermill starts its own with "# Parameters". Where cells are not kept
+    (nbval, a plain dict), every public plain value counts as assigned.
     """
-    plain = (str, int, float, bool, types.NoneType, list, dict, tuple)
-    if "In" not in namespace:
-        return {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, plain)}, {}
     injected, edited = {}, {}
-    for cell in namespace["In"]:
+    for cell in namespace.get("In", []):
         names = {name: namespace[name] for name in re.findall(r"^(\w+)\s*=", cell, re.MULTILINE) if name in namespace}
         if cell.lstrip().startswith("# Parameters"):
             injected = names
         elif "run_name" in names:
             edited = names
+    if not edited:
+        plain = (str, int, float, bool, types.NoneType, list, dict, tuple)
+        public = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
+        edited = {name: value for name, value in public.items() if isinstance(value, plain) and name not in injected}
     return injected, edited
 
 

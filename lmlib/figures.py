@@ -117,8 +117,9 @@ def training_curves(frame: pd.DataFrame) -> go.Figure:
                     x=line["x"],
                     y=line["y"],
                     mode="lines+markers" if line["held_out"] else "lines",
-                    line={"color": COLOURS[number % len(COLOURS)], "width": 2 if line["bold"] else 1},
+                    line={"color": colour(number, line, len(runs)), "width": 2 if line["bold"] else 1},
                     marker={"size": 5},
+                    error_y={"array": line["error"], "thickness": 1, "width": 0} if line["error"] else None,
                     opacity=1 if line["bold"] else 0.35,
                     name=html.escape(f"{run}, {line['name']}" if len(runs) > 1 else line["name"]),
                     legendgroup=run,
@@ -141,22 +142,33 @@ def training_curves(frame: pd.DataFrame) -> go.Figure:
 
 
 def panel_lines(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
-    """The lines of each panel for one run: x, y, name, whether bold and whether held-out."""
+    """The lines of each panel for one run: x, y, error (or None), name, whether bold, whether held-out."""
     steps, evals = frame[frame["kind"] == "step"], frame[frame["kind"] == "eval"]
     panels = []
     for _, held_out, training, _ in PANELS:
         lines = []
-        if training is not None:
-            y = steps[training] if training in steps else pd.Series(dtype=float)
-            lines.append({"name": "training", "x": list(steps["step"]), "y": list(y), "bold": held_out is None})
-        if training == "loss":
-            smooth = y.ewm(span=max(2, len(y) // 15)).mean() if len(y) else y
-            lines.append({"name": "training, smoothed", "x": list(steps["step"]), "y": list(smooth), "bold": False})
-        if held_out is not None:
-            y = evals[held_out] if held_out in evals else pd.Series(dtype=float)
-            lines.append({"name": "held-out", "x": list(evals["step"]), "y": list(y), "bold": True})
-        panels.append([{**line, "held_out": line["name"] == "held-out"} for line in lines])
+        if training is not None and training in steps:
+            lines.append(_line(steps, training, "training", bold=held_out is None))
+        if training == "loss" and training in steps:
+            smooth = steps.assign(loss=steps["loss"].ewm(span=max(2, len(steps) // 15)).mean())
+            lines.append(_line(smooth, "loss", "training, smoothed", bold=True))
+        if held_out is not None and held_out in evals:
+            error = f"{held_out}_stderr" if f"{held_out}_stderr" in evals else None
+            lines.append(_line(evals, held_out, "held-out", bold=True, error=error))
+        panels.append(lines)
     return panels
+
+
+def _line(rows: pd.DataFrame, column: str, name: str, bold: bool, error: str | None = None) -> dict[str, Any]:
+    return {
+        **{"name": name, "x": rows["step"].tolist(), "y": rows[column].tolist(), "bold": bold},
+        **{"error": rows[error].tolist() if error else None, "held_out": name == "held-out"},
+    }
+
+
+def colour(number: int, line: dict[str, Any], runs: int) -> str:
+    """A colour a run; with one run alone, training and held-out text have one each."""
+    return COLOURS[(number if runs > 1 else int(line["name"].startswith("training,") or line["name"] == "training")) % 7]
 
 
 def curves_png(frame: pd.DataFrame) -> bytes:
@@ -171,10 +183,12 @@ def curves_png(frame: pd.DataFrame) -> bytes:
     for number, run in enumerate(runs):
         for place, lines in enumerate(panel_lines(frame[frame["run"] == run])):
             for line in lines:
-                axes.flat[place].plot(
+                axes.flat[place].errorbar(
                     line["x"],
                     line["y"],
-                    color=COLOURS[number % len(COLOURS)],
+                    yerr=line["error"],
+                    elinewidth=1,
+                    color=colour(number, line, len(runs)),
                     linewidth=2 if line["bold"] else 1.2,
                     alpha=1 if line["bold"] else 0.45,
                     marker="o" if line["held_out"] else None,

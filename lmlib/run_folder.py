@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -313,15 +313,18 @@ def one_sentence(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
     """TF32 on CUDA where float32 products remain; only repeatable algorithms if `deterministic`. Undone after."""
-    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    precision, was_deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    change = config.deterministic and not was_deterministic  # the call alone imports a compiler, for seconds
     try:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        torch.use_deterministic_algorithms(config.deterministic or deterministic)
+        if change:
+            torch.use_deterministic_algorithms(True)
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic)
+        if change:
+            torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

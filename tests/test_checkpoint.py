@@ -1,0 +1,231 @@
+"""Checkpoints: what is written, that stock classes read it, and that damage is never passed over in silence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import lmlib
+from lmlib import checkpoint
+from lmlib.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a finished run, free to be damaged."""
+    return shutil.copytree(trained.run_dir, tmp_path / "run")
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_leaves_what_the_contract_lists(trained):
+    model_files = {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "checkpoint.json"),
+    }
+    folders = {step: trained.run_dir / "checkpoints" / f"checkpoint_step_{step}" for step in (5, 10, 15, 20)}
+    for step, folder in folders.items():
+        state = {"training_state/optimizer.safetensors", "training_state/state.json"} if step > 10 else set()
+        assert set(files_of(folder)) == model_files | state
+        manifest = checkpoint.verify(folder)
+        assert manifest["step"] == step and set(manifest["files"]) == model_files - {"checkpoint.json"}
+        assert manifest["val_loss"] > 0 and manifest["timestamp"].endswith("Z")
+    assert checkpoint.checkpoint_steps(trained.run_dir) == [5, 10, 15, 20]
+    for name in ("config.json", "environment.json", "metrics.jsonl", "results.json"):
+        assert (trained.run_dir / name).is_file()
+
+
+def test_stock_transformers_reads_a_checkpoint(trained):
+    folder = trained.run_dir / "checkpoints" / "checkpoint_step_20"
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, ours = lmlib.load(trained.run_dir)
+    assert type(stock).__name__ == "DeepseekV3ForCausalLM"
+    text = "To be, or not to be: 🐎"
+    assert tokenizer(text)["input_ids"] == ours(text)["input_ids"] and tokenizer.decode(ours(text)["input_ids"]) == text
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert torch.allclose(model(ids), stock(ids).logits, rtol=0, atol=1e-6)
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+
+
+def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
+    """As transformers writes them: sharded, half precision, and with the defaults of its class."""
+    config = lmlib.RunConfig(attention="mha", vocab_size=300, tie_word_embeddings=False)
+    stock = transformers.LlamaForCausalLM(checkpoint.stock_config(config)).to(torch.bfloat16)
+    stock.save_pretrained(tmp_path, max_shard_size="2MB")
+    _, tokenizer = lmlib.load(trained.run_dir)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    model, _ = lmlib.load(tmp_path)
+    ids = torch.arange(20)[None]
+    stock = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.allclose(model(ids), stock(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 0.1),
+        ("num_key_value_heads", 2),
+        ("mlp_bias", True),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+        ("head_dim", 128),
+        ("model_type", "gpt2"),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("sliding_window", 128),
+    ],
+)
+def test_a_setting_that_we_lack_is_named(tmp_path, setting, value):
+    config = checkpoint.stock_config(lmlib.RunConfig(attention="mha", vocab_size=300))
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, setting: value}))
+    with pytest.raises(CheckpointError) as caught:
+        lmlib.load(tmp_path)
+    assert (value if setting == "model_type" else setting) in str(caught.value)
+
+
+DAMAGES = {
+    "delete": lambda content, other: None,
+    "truncate": lambda content, other: content[: len(content) // 2],
+    "empty": lambda content, other: b"",
+    "flip a bit": lambda content, other: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "zero a block": lambda content, other: content[: len(content) // 3] + bytes(16) + content[len(content) // 3 + 16 :],
+    "swap with another step's": lambda content, other: other,
+}
+FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+FILES += ["checkpoint.json", "training_state/optimizer.safetensors", "training_state/state.json"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_named_and_the_step_before_it_is_used(run, file, damage):
+    newest, before = (run / "checkpoints" / f"checkpoint_step_{step}" for step in (20, 15))
+    content, other = (newest / file).read_bytes(), (before / file).read_bytes()
+    damaged = DAMAGES[damage](content, other)
+    if damaged == content:
+        pytest.skip("both steps have the same file")
+    (newest / file).unlink() if damaged is None else (newest / file).write_bytes(damaged)
+    with pytest.warns(UserWarning, match="Falling back to step 15"):
+        assert checkpoint.newest_good(run, with_state=True) == before
+    if not file.startswith("training_state"):
+        with pytest.raises(CheckpointError, match="checkpoint_step_20"):
+            lmlib.load(run, step=20)
+        with pytest.warns(UserWarning, match="Falling back to step 15"):
+            lmlib.load(run)
+
+
+def test_a_whole_checkpoint_under_another_steps_name_is_refused(run):
+    folders = [run / "checkpoints" / f"checkpoint_step_{step}" for step in (15, 20)]
+    shutil.rmtree(folders[1])
+    shutil.copytree(folders[0], folders[1])
+    with pytest.warns(UserWarning, match="mixed up: it holds step 15"):
+        assert checkpoint.newest_good(run) == folders[0]
+
+
+def test_when_none_is_good_each_is_named(run):
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="(?s)No checkpoint can be used.*step_20.*step_15.*step_10.*step_5"):
+        lmlib.load(run)
+
+
+def test_files_that_no_manifest_lists_are_ignored(run):
+    (run / "checkpoints" / "checkpoint_step_20" / "README.md").write_text("a model card")
+    assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_20"
+
+
+def test_an_unknown_step_lists_those_there_are(run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has: 5, 10, 15, 20"):
+        lmlib.load(run, step=7)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        lmlib.load(tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="neither a run with checkpoints nor a model folder"):
+        lmlib.load(tmp_path / "other")
+
+
+def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(run):
+    folder = run / "checkpoints" / "checkpoint_step_20"
+    settings = json.loads((folder / "config.json").read_text())
+    plain = shutil.copytree(folder, run / "model")
+    (plain / "checkpoint.json").unlink()
+    for name, value in (("hidden_size", 10**7), ("num_hidden_layers", 10**9), ("vocab_size", 10**12)):
+        (plain / "config.json").write_text(json.dumps({**settings, name: value}))
+        with pytest.raises(CheckpointError):
+            lmlib.load(plain)
+    (plain / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(plain / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(1)}, plain / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.extra is unknown"):
+        lmlib.load(plain)
+
+
+def save_again(run, background=False, step=25):
+    source = run / "checkpoints" / "checkpoint_step_20"
+    model, tokenizer = lmlib.load(run, 20)
+    saver = checkpoint.Saver(background)
+    optimizer = checkpoint.read_optimizer(source)
+    saver.save(
+        run,
+        step,
+        checkpoint.model_tensors(model),
+        optimizer,
+        config=model.config,
+        tokenizer=tokenizer,
+        val_loss=1.0,
+        state={"run": "x"},
+    )
+    return saver, model
+
+
+def test_a_background_save_is_a_copy_of_the_moment(run):
+    saver, model = save_again(run, background=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    saver.wait()
+    first, second = (load_file(run / f"checkpoints/checkpoint_step_{s}/model.safetensors") for s in (20, 25))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_that_fails_is_an_error_and_leaves_the_others(run, background, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    with pytest.raises(CheckpointError, match="step 25 could not be written.*No space left"):
+        save_again(run, background)[0].wait()
+    monkeypatch.undo()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"checkpoint_step_{s}" for s in (10, 15, 20, 5)]
+    assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_20"
+
+
+def test_only_the_newest_two_keep_their_training_state_and_leftovers_go(run):
+    (run / "checkpoints" / ".draft_step_22" / "training_state").mkdir(parents=True)
+    save_again(run)
+    states = sorted(path.parent.name for path in run.glob("checkpoints/*/training_state"))
+    assert states == ["checkpoint_step_20", "checkpoint_step_25"]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_too_little_space_is_said_before_the_first_step(run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(CheckpointError, match="The 4 checkpoints of this run need .* GB and .* has 0.00 GB free"):
+        checkpoint.check_space(run, {"a": torch.zeros(10)}, 100, 4)
+
+
+def test_nothing_is_ever_unpickled():
+    import re
+
+    from lmlib.config import PROJECT_ROOT
+
+    for file in (PROJECT_ROOT / "lmlib").glob("*.py"):
+        assert not re.search(r"\bpickle|torch\.load\(|weights_only|trust_remote_code|\bexec\(", file.read_text()), file

@@ -1,0 +1,45 @@
+"""Scores against their definitions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmlib.config import RunConfig
+from lmlib.evaluation import evaluate, token_scores
+from lmlib.model import LanguageModel
+
+
+@pytest.fixture
+def model():
+    return LanguageModel(RunConfig(vocab_size=300, sequence_length=16, dropout=0.5)).double()
+
+
+def test_scores_are_their_definitions(model):
+    windows = torch.randint(0, 300, (7, 17), generator=torch.Generator().manual_seed(0))
+    token_bytes = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1))
+    model.train()
+    scores = evaluate(model, windows, token_bytes, batch_size=3)
+    assert model.training  # and yet dropout was off:
+    model.eval()
+    logits, targets = model(windows[:, :-1]), windows[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(7, 16)
+    assert scores["val_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert scores["val_loss_stderr"] == pytest.approx(losses.mean(1).std().item() / math.sqrt(7), rel=1e-5)
+    assert scores["val_accuracy"] == (logits.argmax(-1) == targets).double().mean().item()
+    assert scores["val_perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-6)
+    nats_a_byte = losses.sum().item() / token_bytes[targets].sum().item()
+    assert scores["val_bits_per_byte"] == pytest.approx(nats_a_byte / math.log(2), rel=1e-6)
+
+
+def test_chunks_of_the_head_change_nothing(model):
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(2))
+    whole = token_scores(model.eval(), ids[:, :-1], ids[:, 1:])
+    parts = token_scores(model, ids[:, :-1], ids[:, 1:], rows=5)
+    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.equal(whole[1], parts[1])
+
+
+def test_one_window_has_no_standard_error(model):
+    windows = torch.zeros(1, 17, dtype=torch.long)
+    assert evaluate(model, windows, torch.ones(300, dtype=torch.long), 1)["val_loss_stderr"] is None

@@ -1,0 +1,133 @@
+"""Sampling against transformers and against its own definition."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+import lmlib
+from lmlib.generation import choose
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return lmlib.load(trained.run_dir)
+
+
+def test_greedy_ids_are_those_of_stock_generate(loaded, trained):
+    model, tokenizer = loaded
+    stock = AutoModelForCausalLM.from_pretrained(trained.run_dir / "checkpoints" / "checkpoint_step_20")
+    ids = torch.randint(1, 500, (3, 7), generator=torch.Generator().manual_seed(0))
+    settings = GenerationConfig(max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=0)
+    theirs = stock.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))[:, 7:]
+    ours = lmlib.generate(model, tokenizer, ids, max_new_tokens=30, temperature=0, ignore_eos=True)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.7), (20, 0.5), (1, 1.0), (None, 0.01)])
+def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p):
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 3
+    scores = logits / 0.7
+    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p else []):
+        scores = warper(None, scores)
+    expected = scores.softmax(-1)[0]
+    draws = 4000
+    counts = torch.zeros(40)
+    for number in range(draws):
+        counts[choose(logits, (number + 0.5) / draws, 0.7, top_k, top_p)] += 1
+    assert torch.allclose(counts / draws, expected, atol=2 / draws)
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(loaded):
+    together = lmlib.generate(*loaded, ["To be", "Once upon", ""], max_new_tokens=20, seed=3)
+    alone = [lmlib.generate(*loaded, [prompt], max_new_tokens=20, seed=3)[0] for prompt in ("To be", "Once upon", "")]
+    assert together == alone and all(together)
+    assert lmlib.generate(*loaded, "To be", max_new_tokens=20, seed=4) != alone[:1]
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    rows = lmlib.generate(*loaded, ids, max_new_tokens=10, seed=1, ignore_eos=True)
+    assert rows.shape == (2, 10)
+    assert torch.equal(rows[1:], lmlib.generate(*loaded, ids[1:], max_new_tokens=10, seed=1, ignore_eos=True))
+
+
+def test_pieces_are_whole_characters_and_add_up(loaded):
+    model, tokenizer = loaded
+    pieces = list(lmlib.stream(model, tokenizer, "Hello", max_new_tokens=200, temperature=3.0, top_k=0, top_p=1.0, seed=1))
+    assert "".join(pieces) == lmlib.generate(model, tokenizer, "Hello", 200, 3.0, 0, 1.0, seed=1)[0]
+
+    class Scripted(torch.nn.Module):
+        """Writes the bytes of a text with a four-byte character, whatever it is given."""
+
+        config = model.config
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.script = tokenizer("a🐎b", add_special_tokens=False)["input_ids"]
+            self.model = lambda ids: torch.zeros(1, 1, 1) + (ids.shape[1] - 1)
+
+        def lm_head(self, hidden):
+            return torch.nn.functional.one_hot(torch.tensor([self.script[int(hidden[0, 0])]]), 512).float()
+
+    writer = Scripted()
+    assert len(writer.script) > 3
+    pieces = list(lmlib.stream(writer, tokenizer, "x", max_new_tokens=len(writer.script), temperature=0))
+    assert [piece for piece in pieces if piece] == ["a", "🐎", "b"]
+
+
+def test_a_text_ends_at_the_end_of_text_token(loaded):
+    model, tokenizer = loaded
+    ids = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": 30, "temperature": 2.0, "top_k": 0, "seed": 1}
+    free = lmlib.generate(model, tokenizer, ids, ignore_eos=True, **settings)[0].tolist()
+    end = next(i for i, token in enumerate(free) if token not in free[:i] and i >= 2)
+
+    class Other:
+        eos_token_id = free[end]
+
+    assert lmlib.generate(model, Other, ids, **settings)[0].tolist() == free[: end + 1]
+
+
+def test_text_goes_on_beyond_the_window(loaded):
+    model, tokenizer = loaded
+    window = model.config.sequence_length
+    ids = lmlib.generate(model, tokenizer, torch.tensor([[5]]), window + 20, temperature=0, ignore_eos=True)
+    assert ids.shape == (1, window + 20)
+    everything = torch.cat((torch.tensor([[5]]), ids), dim=1)
+    last = model(everything[:, -window - 1 : -1])[:, -1].argmax(-1)
+    assert last == everything[:, -1]
+
+
+def test_the_model_stays_in_its_mode(loaded):
+    model, tokenizer = loaded
+    model.train()
+    lmlib.generate(model, tokenizer, "To", max_new_tokens=2)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 10_000}, "top_k is 10000; write 1 to 512"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"seed": -5}, "seed is -5"),
+    ],
+)
+def test_settings_out_of_range_are_named(loaded, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        lmlib.generate(*loaded, ["x"], **settings)
+
+
+def test_a_prompt_must_be_text_and_fit_the_window(loaded):
+    with pytest.raises(ValueError, match="the model's window is 64: shorten the prompt"):
+        lmlib.generate(*loaded, ["word " * 200])
+    with pytest.raises(ValueError, match="A prompt must be text"):
+        lmlib.generate(*loaded, [5])
+    with pytest.raises(ValueError, match="ids must lie between 0 and 511"):
+        lmlib.generate(*loaded, torch.tensor([[512]]))

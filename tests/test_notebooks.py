@@ -1,0 +1,117 @@
+"""The notebooks: thin, equal to the library, and run for real by papermill and nbval."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+
+from lmlib.config import PROJECT_ROOT, RunConfig
+
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def texts(book) -> str:
+    """All that a notebook's cells printed or showed as text."""
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_call_and_define_nothing(path):
+    cells = code_cells(path)
+    assert 0 < len(cells) <= 12
+    assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == cells[:1]
+    for cell in cells[1:]:
+        assert len(cell.source.splitlines()) <= 10, cell.source
+    for cell in cells:
+        assert not re.search(r"^\s*(def|class) ", cell.source, re.MULTILINE)
+    book = nbformat.read(path, 4)
+    assert book.metadata.kernelspec.name == "python3" and book.metadata.kernelspec.language == "python"
+    assert path.stat().st_size < 1_000_000
+
+
+def test_the_parameters_cell_is_runconfig_line_by_line():
+    """Name, value and comment of each parameter, in order; so a JupyterLab user sees all there is."""
+    source = (PROJECT_ROOT / "lmlib" / "config.py").read_text()
+    body = source[source.index("# fmt: off") : source.index("# fmt: on")]
+    declared = re.findall(r"^    (\w+): .+? = (\".*?\"|\S+)\s+# (.*)$", body, re.MULTILINE)
+    assert [name for name, _, _ in declared] == list(RunConfig().to_dict())
+    cell = code_cells(PROJECT_ROOT / "notebooks" / "train.ipynb")[0].source
+    assigned = re.findall(r"^(\w+) = (\".*?\"|\S+)  # (.*)$", cell, re.MULTILINE)
+    assert assigned[0][0] == "recipe" and assigned[1:] == declared
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_by_papermill(path, trained, tmp_path):
+    """curves and generate read a finished run; train makes its own."""
+    run_name = "notebook" if path.stem == "train" else "trained"
+    parameters = {"output_dir": str(trained.output_dir), "run_name": run_name}
+    command = ["papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar"]
+    for pair in parameters.items():
+        command += ["-p", *pair]
+    subprocess.run([sys.executable, "-m", *command], check=True, cwd=tmp_path, capture_output=True)
+    book = nbformat.read(tmp_path / "out.ipynb", 4)
+    shown = texts(book)
+    if path.stem == "train":
+        assert "Step 20/20: Loss=" in shown and "Val Loss:" in shown and "**HAMLET**" in shown
+        assert (trained.run_dir.parent / "notebook" / "training_curves.png").exists()
+    if path.stem == "generate":
+        assert "Checkpoints: 5 10 15 20" in shown and "Once upon a time" in shown and "step 15" in shown
+    if path.stem in ("train", "curves"):
+        kinds = [set(o.data) for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
+        assert {"application/vnd.plotly.v1+json", "image/png", "text/plain"} in kinds
+        assert "held-out loss" in shown
+    assert (tmp_path / "out.ipynb").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_misspelt_injected_parameter_stops_the_notebook(path, outputs, tmp_path):
+    before = sorted(outputs.iterdir())
+    with pytest.raises(papermill.PapermillExecutionError, match="tempratur is no parameter|total_stepz is no parameter"):
+        name = "total_stepz" if path.stem == "train" else "tempratur"
+        papermill.execute_notebook(
+            path, tmp_path / "out.ipynb", {"output_dir": str(outputs), name: 5}, progress_bar=False, cwd=str(tmp_path)
+        )
+    assert sorted(outputs.iterdir()) == before
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_pass_nbval(path, trained, tmp_path):
+    papermill.execute_notebook(
+        path,
+        tmp_path / path.name,
+        {**_smoke(), "output_dir": str(trained.output_dir), "run_name": "trained"},
+        prepare_only=True,
+        progress_bar=False,
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+        + ["--nbval-lax", "--nbval-current-env", tmp_path / path.name, "--rootdir", tmp_path],
+        check=True,
+        cwd=tmp_path,
+    )
+
+
+def _smoke() -> dict:
+    import yaml
+
+    return yaml.safe_load(SMOKE.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_whole_and_name_no_machine(path):
+    """What a reader sees on a web page: every code cell ran, in order, and no home folder or error shows."""
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    content = json.dumps([cell.outputs for cell in cells])
+    assert '"output_type": "error"' not in content
+    assert str(PROJECT_ROOT) not in content and "widget-view" not in content

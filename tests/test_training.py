@@ -1,0 +1,336 @@
+"""The loop: exact resume, refusals, stops and guards."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmlib
+from lmlib import checkpoint, training
+from lmlib.config import PROJECT_ROOT
+from lmlib.run_folder import one_writer
+from lmlib.training import NonFinite, Stopped, gradients
+
+
+def fingerprint(run_dir: Path) -> dict:
+    """Hashes of all tensors on disk, and the metrics and results without their times."""
+    tensors = {
+        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run_dir.rglob("*.safetensors")
+    }
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((run_dir / "results.json").read_text())
+    timed = ("training_time_minutes", "tokens_per_second")
+    return {
+        "tensors": tensors,
+        "metrics": [{k: v for k, v in line.items() if k != "timing"} for line in lines],
+        "results": {k: v for k, v in results.items() if k not in timed},
+    }
+
+
+def test_records_come_in_order_and_are_the_lines_of_the_file(smoke):
+    config = smoke(total_steps=7, eval_every=3, checkpoint_every=4, log_every=2)
+    records = list(lmlib.train(config))
+    assert [(r.kind, r.step) for r in records] == [
+        *[("eval", 0), ("step", 2), ("eval", 3), ("step", 4), ("checkpoint", 4), ("step", 6), ("eval", 6)],
+        *[("step", 7), ("eval", 7), ("checkpoint", 7), ("done", 7)],
+    ]
+    assert (config.run_dir / "metrics.jsonl").read_text().splitlines() == [r.to_json() for r in records]
+    assert records[-1].val_loss == records[-3].val_loss == json.loads((config.run_dir / "results.json").read_text())["val_loss"]
+    assert records[1].loss > 0 and records[1].tokens_per_second > 0
+    with pytest.raises(AttributeError, match="a record of kind 'eval' has no 'loss'"):
+        records[0].loss  # noqa: B018
+
+
+def test_it_learns(smoke):
+    config = smoke(total_steps=60, hidden_size=64, dropout=0.0, eval_every=60, checkpoint_every=60, learning_rate=0.01)
+    evals = [record.val_loss for record in lmlib.train(config) if record.kind == "eval"]
+    assert evals[0] == pytest.approx(6.24, abs=0.02)  # ln 512: nothing known
+    assert evals[-1] < 4.9
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, optimizer):
+    """Over an epoch's border, with micro-batches that do not divide the batch, and dropout."""
+    shape = {"corpus": str(text_file), "batch_size": 60, "micro_batch_size": 25, "total_steps": 10, "optimizer": optimizer}
+    whole = smoke(**shape)
+    records = list(lmlib.train(whole))
+    expected = fingerprint(whole.run_dir)
+    cut = smoke(**shape)
+    for kind, step in (("step", 3), ("eval", 5), ("checkpoint", 5), ("step", 9), ("checkpoint", 10)):
+        run = lmlib.train(cut)
+        for record in run:
+            if (record.kind, record.step) == (kind, step):
+                break
+        run.close()
+    again = list(lmlib.train(cut))
+    assert fingerprint(cut.run_dir) == expected
+    assert [r.values for r in again] == [r.values for r in records[-len(again) :]]
+
+
+def test_a_finished_run_trains_nothing_and_changes_no_byte(smoke, trained):
+    def content():
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in trained.run_dir.rglob("*") if path.is_file()}
+
+    before = content()
+    assert [(record.kind, record.step) for record in lmlib.train(trained)] == [("done", 20)]
+    assert content() == before
+
+
+def test_more_steps_extend_a_finished_run(smoke):
+    config = smoke(total_steps=5)
+    list(lmlib.train(config))
+    longer = replace(config, total_steps=10)
+    assert "stretched to the new end" in training.greeting(longer)
+    records = list(lmlib.train(longer))
+    assert (records[0].kind, records[0].step) == ("step", 6)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 11))
+    assert [line["kind"] for line in lines].count("done") == 1
+    with pytest.raises(ValueError, match="total_steps is 5 and was 10; it may only grow"):
+        list(lmlib.train(config))
+
+
+def test_another_runs_folder_is_refused_and_left_alone(smoke, trained):
+    before = fingerprint(trained.run_dir)
+    with pytest.raises(ValueError) as caught:
+        list(lmlib.train(replace(trained, hidden_size=64, seed=5)))
+    assert "hidden_size is 64 and was 32" in str(caught.value) and "seed is 5 and was 0" in str(caught.value)
+    assert fingerprint(trained.run_dir) == before
+
+
+def test_micro_batches_add_up_to_the_batch(smoke):
+    model = lmlib.LanguageModel(smoke(dropout=0.0)).double()
+    ids = torch.randint(0, 512, (8, 17), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for micro in (8, 3, 1):
+        loss = gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
+        grads.append((loss, [p.grad.clone() for p in model.parameters()]))
+    for loss, parameters in grads[1:]:
+        assert loss == pytest.approx(grads[0][0], rel=1e-12)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(parameters, grads[0][1], strict=True))
+
+
+def test_dropout_is_a_function_of_seed_step_and_micro_batch(smoke):
+    model = lmlib.LanguageModel(smoke(dropout=0.5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    ids = torch.randint(0, 512, (4, 17), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1], ids[:, 1:]
+    state = torch.random.get_rng_state()
+    loss = gradients(model, x, y, 2, 0, 1, torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(1)
+    assert gradients(model, x, y, 2, 0, 1, torch.float32) == loss
+    assert gradients(model, x, y, 2, 0, 2, torch.float32) != loss
+    assert gradients(model, x, y, 2, 1, 1, torch.float32) != loss
+    halves = gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
+    assert halves != gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
+
+
+def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
+    config = smoke(init_from=str(trained.run_dir), init_step=10, corpus=str(text_file), total_steps=5)
+    start = lmlib.load(trained.run_dir, 10)[0]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(start.parameters(), training.build_model(config, training.parent_of(config)).parameters(), strict=True)
+    )
+    assert next(lmlib.train(config)).val_loss < 6.1  # not the 6.24 of random weights
+    list(lmlib.train(config))
+    environment = json.loads((config.run_dir / "environment.json").read_text())
+    assert environment["init_from"].endswith("checkpoint_step_10")
+    assert lmlib.load(config.run_dir)[1].get_vocab() == lmlib.load(trained.run_dir)[1].get_vocab()
+    with pytest.raises(ValueError, match="has another shape. To start from it, set hidden_size to 32"):
+        list(lmlib.train(smoke(init_from=str(trained.run_dir), hidden_size=64)))
+
+
+def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(smoke, trained, text_file):
+    other = smoke(corpus=str(text_file), total_steps=1)
+    list(lmlib.train(other))
+    tokenizer = other.run_dir / "checkpoints" / "checkpoint_step_1"
+    with pytest.raises(ValueError, match="is not the one that .* was trained with"):
+        list(lmlib.train(smoke(init_from=str(trained.run_dir), tokenizer=str(tokenizer))))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
+    real = training.gradients
+
+    def poisoned(model, ids, targets, micro, seed, step, dtype):
+        loss = real(model, ids, targets, micro, seed, step, dtype)
+        return float("nan") if step == 7 else loss
+
+    monkeypatch.setattr(training, "gradients", poisoned)
+    config = smoke(total_steps=10)
+    with pytest.raises(NonFinite, match="step 7 is not finite. No weight was changed"):
+        list(lmlib.train(config))
+    last = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "nonfinite" and last["step"] == 7 and len(last["windows"]) == 4
+    assert checkpoint.checkpoint_steps(config.run_dir) == [5]
+
+    skipping = replace(config, on_nonfinite="skip")
+    records = list(lmlib.train(skipping))
+    assert records[-1].steps_skipped == [7] and ("step", 7) not in [(r.kind, r.step) for r in records]
+    before = fingerprint(config.run_dir)
+    shutil.rmtree(config.run_dir / "checkpoints" / "checkpoint_step_10")
+    (config.run_dir / "results.json").unlink()
+    list(lmlib.train(skipping))
+    assert fingerprint(config.run_dir) == before
+
+
+def test_running_out_of_gpu_memory_halves_the_micro_batch_and_goes_on(smoke, monkeypatch):
+    real, sizes = training.gradients, []
+
+    def small(model, ids, targets, micro, seed, step, dtype):
+        sizes.append(micro)
+        if micro > 1:
+            raise torch.cuda.OutOfMemoryError("as if")
+        return real(model, ids, targets, micro, seed, step, dtype)
+
+    monkeypatch.setattr(training, "gradients", small)
+    config = smoke(total_steps=2)
+    records = list(lmlib.train(config))
+    assert sizes == [4, 2, 1, 1] and [r.micro_batch_size for r in records if r.kind == "out_of_memory"] == [2, 1]
+    assert checkpoint.verify_state(checkpoint.newest_good(config.run_dir))["micro_batch_size"] == 1
+
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(smoke):
+    config = smoke(total_steps=10)
+    run = lmlib.train(config)
+    next(run)
+    code = f"import lmlib; list(lmlib.train(lmlib.RunConfig.load({str(config.run_dir / 'config.json')!r})))"
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"is being written by process {os.getpid()}" in second.stderr
+    run.close()
+    with one_writer(config.run_dir):
+        pass
+
+
+def started(config, tmp_path) -> subprocess.Popen:
+    """A long run in a process of its own, once it has made a step."""
+    command = [sys.executable, "-m", "lmlib", "train", "params/smoke.yaml", "-p", "total_steps", "100000"]
+    for name in ("output_dir", "run_name"):
+        command += ["-p", name, str(getattr(config, name))]
+    command += ["-p", "checkpoint_every", "50000", "-p", "eval_every", "50000"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=PROJECT_ROOT)
+    deadline = time.monotonic() + 120
+    while "Step 3/" not in (tmp_path / "out").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "stop"])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(smoke, tmp_path, how):
+    config = smoke()
+    process = started(config, tmp_path)
+    if how == "stop":
+        subprocess.run([sys.executable, "-m", "lmlib", "stop", config.run_dir], check=True, cwd=PROJECT_ROOT)
+    else:
+        process.send_signal(getattr(signal, how))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Its checkpoint is saved: start the same run again" in errors
+    [step] = checkpoint.checkpoint_steps(config.run_dir)
+    assert step >= 3 and f"Stopped at step {step} of 100000" in errors
+    checkpoint.verify_state(checkpoint.newest_good(config.run_dir))
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == step and "checkpoint" not in [line["kind"] for line in lines]
+
+
+def test_stopping_in_python_raises_after_saving_and_going_on_is_exact(smoke):
+    whole = smoke(total_steps=10)
+    list(lmlib.train(whole))
+    config = smoke(total_steps=10)
+    with pytest.raises(Stopped, match="Stopped at step 7 of 10 .SIGINT"):
+        for record in lmlib.train(config):
+            if record.step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    list(lmlib.train(config))
+    ours, expected = fingerprint(config.run_dir), fingerprint(whole.run_dir)
+    assert (ours["metrics"], ours["results"]) == (expected["metrics"], expected["results"])
+    name = "checkpoints/checkpoint_step_10/model.safetensors"
+    assert ours["tensors"][name] == expected["tensors"][name]
+
+
+def test_text_that_changed_since_is_refused(smoke, tmp_path):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("\n\n".join(f"Paragraph {n} says something of its own. " * 20 for n in range(200)))
+    config = smoke(corpus=str(corpus), validation_fraction=0.3, total_steps=10)
+    for record in lmlib.train(config):
+        if (record.kind, record.step) == ("checkpoint", 5):
+            break
+    corpus.write_text(corpus.read_text().replace("own", "OWN"))
+    with pytest.raises(ValueError, match="The data of this run have changed"):
+        list(lmlib.train(config))
+
+
+def test_going_on_with_other_threads_is_warned_of(smoke):
+    config = smoke(total_steps=10)
+    for record in lmlib.train(config):
+        if record.kind == "checkpoint":
+            break
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(UserWarning, match=f"threads was {threads}, is {threads + 1}"):
+            list(lmlib.train(config))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("place", ["a file", "/proc"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(smoke, tmp_path, text_file, place):
+    (tmp_path / "a file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be used"):
+        list(lmlib.train(smoke(output_dir=tmp_path / place, corpus=str(text_file))))
+
+
+def test_a_device_that_is_not_there_is_one_sentence(smoke):
+    with pytest.raises(ValueError, match="torch finds . CUDA devices"):
+        list(lmlib.train(smoke(device="cuda:7")))
+
+
+def test_the_core_needs_only_the_cores_packages(smoke, trained, tmp_path):
+    """The GPU machine has no datasets, plotly, pandas or Jupyter."""
+    code = """
+import sys
+for name in ("datasets", "plotly", "pandas", "matplotlib", "ipywidgets", "IPython", "papermill"):
+    sys.modules[name] = None  # importing it fails
+import lmlib
+from lmlib import checkpoint, config, data, evaluation, generation, model, optim, training
+run = lmlib.RunConfig.load("params/smoke.yaml", total_steps=2, output_dir=sys.argv[1], run_name="core")
+assert [r.kind for r in lmlib.train(run)][-1] == "done"
+print(lmlib.generate(*lmlib.load(run.run_dir), ["To be"], max_new_tokens=3))
+"""
+    subprocess.run([sys.executable, "-c", code, trained.output_dir], check=True, cwd=PROJECT_ROOT)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu_and_resumes(smoke):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        run = smoke(device=device, dtype="float32", dropout=0.0, total_steps=10)
+        losses[device] = [r.loss for r in lmlib.train(run) if r.kind == "step"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.02)
+    whole, cut = (smoke(device="cuda", deterministic=True, total_steps=10) for _ in range(2))
+    list(lmlib.train(whole))
+    run = lmlib.train(cut)
+    for record in run:
+        if record.kind == "step" and record.step == 7:
+            break
+    run.close()
+    list(lmlib.train(cut))
+    assert fingerprint(cut.run_dir)["metrics"] == fingerprint(whole.run_dir)["metrics"]
