@@ -5,7 +5,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-all lab bench lint notebooks clean
+.PHONY: train test test-slow lab bench lint notebooks clean
 
 train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
@@ -13,8 +13,8 @@ train: $(VENV)/ready
 test: $(VENV)/ready lint
 	$(RUN) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: $(VENV)/ready lint
-	$(RUN) -m pytest -q $(ARGS)
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -q -m slow $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
@@ -24,6 +24,9 @@ lab: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/train.py
+
+notebooks: $(VENV)/ready
+	$(RUN) docs/publish_notebooks.py
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

@@ -42,22 +42,22 @@ class RunConfig:
     validation_fraction: float = 0.1        # share of documents held out, decided by a hash of each document
     validation_windows: int = 128           # windows in every evaluation, always the same ones
     tokenizer: str = "train"                # "train": byte-level BPE made here; or a folder or Hugging Face id
-    vocab_size: int | None = 2048           # embedding rows; None: the size of a ready-made tokenizer
+    vocab_size: int | None = 4096           # embedding rows; None: the size of a ready-made tokenizer
     sequence_length: int = 256              # tokens in a window
     max_tokens: int | None = None           # limit on the training side; None: all of the corpus
 
     # Model
-    hidden_size: int = 256                  # width of the residual stream
+    hidden_size: int = 192                  # width of the residual stream
     num_hidden_layers: int = 4              # decoder layers
     num_attention_heads: int = 4            # attention heads
-    intermediate_size: int = 704            # width of the SwiGLU feed-forward
+    intermediate_size: int = 512            # width of the SwiGLU feed-forward
     attention: Literal["mla", "mha"] = "mla"  # latent attention (DeepSeek-V3) or plain multi-head (Llama)
     feed_forward: Literal["mlp"] = "mlp"    # SwiGLU in every layer
     q_lora_rank: int | None = None          # mla: width of the compressed query; None: not compressed
-    kv_lora_rank: int = 128                 # mla: width of the compressed keys and values
+    kv_lora_rank: int = 96                  # mla: width of the compressed keys and values
     qk_rope_head_dim: int = 32              # mla: rotated dimensions of a head
-    qk_nope_head_dim: int = 32              # mla: unrotated dimensions of a head
-    v_head_dim: int = 64                    # mla: dimensions of a head's value
+    qk_nope_head_dim: int = 16              # mla: unrotated dimensions of a head
+    v_head_dim: int = 48                    # mla: dimensions of a head's value
     rope_theta: float = 10000.0             # base of the rotary frequencies
     rope_interleave: bool = True            # mla: rotate neighbours (x0, x1) rather than halves
     attention_bias: bool = False            # biases where the stock class has them
@@ -68,18 +68,18 @@ class RunConfig:
     init_step: int | None = None            # which checkpoint of that run; None: the newest
 
     # Training
-    total_steps: int = 600                  # updates to make
-    batch_size: int = 16                    # windows in an update
+    total_steps: int = 700                  # updates to make
+    batch_size: int = 8                     # windows in an update
     micro_batch_size: int | None = None     # windows at a time, to save memory; None: the whole batch
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    learning_rate: float = 0.003            # AdamW's peak
+    learning_rate: float = 0.01             # AdamW's peak
     muon_learning_rate: float = 0.02        # Muon's peak
     warmup_ratio: float = 0.05              # share of the steps spent warming up; then cosine down to 10 %
     weight_decay: float = 0.1               # decoupled, on matrices only
     grad_clip: float = 1.0                  # limit on the gradient's norm; 0: none
     dropout: float = 0.0                    # on the embeddings and on what each block adds
-    eval_every: int = 100                   # steps between evaluations
-    checkpoint_every: int = 200             # steps between checkpoints
+    eval_every: int = 50                    # steps between evaluations
+    checkpoint_every: int = 100             # steps between checkpoints
     log_every: int = 10                     # steps between lines of the log
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
     # fmt: on
@@ -132,6 +132,11 @@ def resolve_path(path: str | Path) -> Path:
     """`path` as it stands if that exists, else counted from the project's root (kernels start in notebooks/)."""
     path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else PROJECT_ROOT / path
+
+
+def shown(path: Path) -> str:
+    """`path` as a reader of a notebook or terminal wants it: from the project's root where it lies inside."""
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
 # ---------------------------------------------------------------------------------------------------

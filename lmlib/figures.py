@@ -147,22 +147,23 @@ def panel_lines(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
     panels = []
     for _, held_out, training, _ in PANELS:
         lines = []
-        if training is not None and training in steps:
+        if training is not None:
             lines.append(_line(steps, training, "training", bold=held_out is None))
-        if training == "loss" and training in steps:
-            smooth = steps.assign(loss=steps["loss"].ewm(span=max(2, len(steps) // 15)).mean())
+        if training == "loss":
+            smooth = steps.assign(loss=steps["loss"].ewm(span=max(2, len(steps) // 15)).mean()) if training in steps else steps
             lines.append(_line(smooth, "loss", "training, smoothed", bold=True))
-        if held_out is not None and held_out in evals:
-            error = f"{held_out}_stderr" if f"{held_out}_stderr" in evals else None
-            lines.append(_line(evals, held_out, "held-out", bold=True, error=error))
+        if held_out is not None:
+            lines.append(_line(evals, held_out, "held-out", bold=True, error=f"{held_out}_stderr"))
         panels.append(lines)
     return panels
 
 
 def _line(rows: pd.DataFrame, column: str, name: str, bold: bool, error: str | None = None) -> dict[str, Any]:
+    """One line, without points where the rows have no such column, so that a chart keeps its lines from the start."""
+    rows = rows if column in rows else rows.iloc[:0]
     return {
-        **{"name": name, "x": rows["step"].tolist(), "y": rows[column].tolist(), "bold": bold},
-        **{"error": rows[error].tolist() if error else None, "held_out": name == "held-out"},
+        **{"name": name, "x": rows["step"].tolist(), "y": rows[column].tolist() if len(rows) else [], "bold": bold},
+        **{"error": rows[error].tolist() if error in rows else None, "held_out": name == "held-out"},
     }
 
 
@@ -176,7 +177,7 @@ def curves_png(frame: pd.DataFrame) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.5), dpi=80, layout="constrained")
+    figure = Figure(figsize=(10.8, 6), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     runs = list(frame["run"].unique())

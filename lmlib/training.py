@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lmlib import checkpoint, data, evaluation, optim, run_folder
-from lmlib.config import RunConfig
+from lmlib.config import RunConfig, shown
 from lmlib.meter import Meter
 from lmlib.model import LanguageModel, parameter_count
 from lmlib.run_folder import Metrics, Record
@@ -252,16 +252,16 @@ def open_store(config: RunConfig) -> data.TokenStore:
 def greeting(config: RunConfig) -> str:
     """What `train(config)` is about to do, in a line; ValueError if the folder holds another run."""
     config = run_folder.continued(config)
-    recorded = run_folder.read_json(config.run_dir / "config.json")
+    folder, recorded = shown(config.run_dir), run_folder.read_json(config.run_dir / "config.json")
     steps = checkpoint.checkpoint_steps(config.run_dir)
     if run_folder.finished(config):
-        return f"{config.run_dir} is finished: {config.total_steps} steps. To go on, raise total_steps."
+        return f"{folder} is finished: {config.total_steps} steps. To go on, raise total_steps."
     if not steps:
-        return f"A new run of {config.total_steps} steps in {config.run_dir}."
-    stretched = recorded and recorded["total_steps"] < config.total_steps
-    return f"Going on after step {steps[-1]} of {config.total_steps} in {config.run_dir}." + (
-        f" The cosine that was to end at step {recorded['total_steps']} is stretched to the new end." if stretched else ""
-    )
+        return f"A new run of {config.total_steps} steps in {folder}."
+    line = f"Going on after step {steps[-1]} of {config.total_steps} in {folder}."
+    if recorded and recorded["total_steps"] < config.total_steps:
+        line += f" The cosine that was to end at step {recorded['total_steps']} is stretched to the new end."
+    return line
 
 
 def tokenizer_of(config: RunConfig, parent: Path | None) -> str | None:

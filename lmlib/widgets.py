@@ -1,5 +1,6 @@
 """What moves in a notebook: the live chart."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from IPython.display import display
 from lmlib import figures
 from lmlib.run_folder import Record
 
-SHARE = 0.01  # of the run's time that drawing may take
+INTERVAL = 1.0  # seconds between drawings, at least
+CREDIT = 2.0  # seconds that drawing may take whatever the run's length,
+SHARE = 0.01  # and the share of the run's time beyond that
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
@@ -20,13 +23,14 @@ def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
     keeps, at the end or when stopped, a chart that needs no running kernel and no widget to be seen.
     """
     chart = _LiveChart() if is_live() else _StillChart()
-    due = 0.0
+    began, spent, last = time.monotonic(), 0.0, -math.inf
     try:
         for record in records:
-            if time.monotonic() >= due:
-                began = time.monotonic()
+            now = time.monotonic()
+            if now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - began):
                 chart.draw(figures.read_runs(run_dir))
-                due = began + max(0.5, (time.monotonic() - began) / SHARE)
+                first, last = last < 0, time.monotonic()
+                spent += 0.0 if first else last - now  # the first imports and sets up
             yield record
     finally:
         if Path(run_dir).is_dir():
@@ -67,14 +71,14 @@ class _LiveChart:
     def draw(self, frame: Any):
         import plotly.graph_objects as go
 
-        figure = figures.training_curves(frame)
-        if self.widget is None or len(self.widget.data) != len(figure.data):
+        figure = figures.training_curves(frame).update_layout(width=860)
+        if self.widget is None:
             self.widget = go.FigureWidget(figure)
-            self.handle = self.handle or display(self.widget, display_id=True)
+            self.handle = display(self.widget, display_id=True)
             return
         with self.widget.batch_update():
             for old, new in zip(self.widget.data, figure.data, strict=True):
-                old.x, old.y = new.x, new.y
+                old.update(x=new.x, y=new.y, error_y=new.error_y.to_plotly_json())
 
     def finish(self, frame: Any):
         bundle = figures.chart_bundle(frame)

@@ -1,0 +1,63 @@
+"""Training speed against stock transformers: the same weights, batch, optimiser work left out, in one process.
+
+    python benchmarks/train.py [--recipe params/exp9.yaml] [--tokens 2048] [--rounds 5]
+
+Each round times forward and backward of one batch in both, in turn; the ratio of the medians is printed. A ratio
+above 1 means that lmlib is faster. Both run in float32 with the same number of threads.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import transformers
+
+from lmlib.checkpoint import stock_config
+from lmlib.config import RunConfig
+from lmlib.meter import matmul_peak
+from lmlib.model import LanguageModel, flops_per_token
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--recipe", default="params/quickstart.yaml")
+    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--rounds", type=int, default=5)
+    arguments = options.parse_args()
+    config = RunConfig.load(arguments.recipe, dropout=0.0)
+    rows = max(1, arguments.tokens // config.sequence_length)
+    ids = torch.randint(0, config.vocab_size, (rows, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1], ids[:, 1:]
+
+    ours = LanguageModel(config)
+    settings = stock_config(config)
+    stock = getattr(transformers, settings.architectures[0])._from_config(settings, attn_implementation="sdpa")
+    stock.load_state_dict(ours.state_dict())
+
+    def stock_loss():
+        return torch.nn.functional.cross_entropy(stock(x).logits.flatten(0, 1), y.flatten())
+
+    runs = {"lmlib": (ours, lambda: ours.loss(x, y)), "transformers": (stock, stock_loss)}
+    seconds = {name: [] for name in runs}
+    losses = {}
+    for round_number in range(arguments.rounds + 1):
+        for name, (model, loss) in runs.items():
+            model.zero_grad(set_to_none=True)
+            began = time.perf_counter()
+            value = loss()
+            value.backward()
+            if round_number:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+            losses[name] = value.item()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    flops = flops_per_token(ours) * x.numel() / medians["lmlib"]
+    peak = matmul_peak(torch.device("cpu"), torch.float32)
+    print(f"{arguments.recipe}: {x.numel()} tokens, {torch.get_num_threads()} threads, losses {losses}")
+    print(f"lmlib {medians['lmlib']:.3f} s, transformers {medians['transformers']:.3f} s (medians of {arguments.rounds})")
+    print(f"ratio transformers / lmlib: {medians['transformers'] / medians['lmlib']:.2f}")
+    print(f"share of the measured matrix-product peak: {flops / peak:.0%}")
+
+
+if __name__ == "__main__":
+    main()
