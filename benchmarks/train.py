@@ -13,10 +13,10 @@ import time
 import torch
 import transformers
 
-from lmlib.checkpoint import stock_config
 from lmlib.config import RunConfig
 from lmlib.meter import matmul_peak
 from lmlib.model import LanguageModel, flops_per_token
+from lmlib.pretrained import stock_config
 
 
 def main():

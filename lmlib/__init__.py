@@ -12,7 +12,23 @@ _HOME = {
     "generate": "generation",
     "stream": "generation",
 }
-_MODULES = {"config", "data", "model", "optim", "evaluation", "checkpoint", "generation", "training", "figures", "widgets"}
+_MODULES = [
+    "config",
+    "corpus",
+    "data",
+    "model",
+    "optim",
+    "meter",
+    "evaluation",
+    "run_folder",
+    "pretrained",
+    "checkpoint",
+    "generation",
+    "session",
+    "training",
+    "figures",
+    "widgets",
+]
 
 __all__ = sorted(_HOME)
 
@@ -27,4 +43,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME.keys() | _MODULES | {"__version__"})
+    return sorted(_HOME.keys() | set(_MODULES) | {"__version__"})

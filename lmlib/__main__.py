@@ -73,9 +73,9 @@ SETTINGS = [
 
 def train(options: argparse.Namespace):
     config = RunConfig.load(options.params, **parse_overrides(options.p))
-    from lmlib import figures, run_folder, training
+    from lmlib import figures, run_folder, session, training
 
-    print(training.greeting(config), flush=True)
+    print(session.greeting(config), flush=True)
     if run_folder.finished(config):
         return
     for record in training.train(config):
@@ -225,18 +225,19 @@ def runs(options: argparse.Namespace):
 
 
 def stop(options: argparse.Namespace):
+    from lmlib import run_folder
+
     run_dir = resolve_path(options.run)
     if not (run_dir / "config.json").exists():
         raise ValueError(f"There is no run {options.run}. `python -m lmlib runs` lists the runs.")
+    if run_folder.writer(run_dir) is None and run_dir.parent.joinpath(".locks").exists():
+        raise ValueError(f"{options.run} is not running here, so there is nothing to stop.")
     (run_dir / "stop").touch()
-    print(f"Asked {run_dir.name} to stop; it ends the step at hand, saves and stops.")
-    for _ in range(600):
-        if not (run_dir / "stop").exists():
-            print("It is stopping.")
-            return
+    print(f"Asked {run_dir.name} to stop; it ends the step at hand, saves and stops.", flush=True)
+    while (run_dir / "stop").exists() and run_folder.writer(run_dir) is not None:
         time.sleep(0.1)
     (run_dir / "stop").unlink(missing_ok=True)
-    raise ValueError(f"{run_dir.name} did not answer within a minute; is it running?")
+    print("It is stopping.")
 
 
 if __name__ == "__main__":

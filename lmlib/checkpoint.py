@@ -15,22 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmlib.config import RunConfig, resolve_path
 from lmlib.data import file_sha256, load_tokenizer
 from lmlib.model import LanguageModel
+from lmlib.pretrained import CheckpointError, config_of, load_weights, stock_config
 from lmlib.run_folder import now, write_json
 
 FORMAT = 1
 STATES_KEPT = 2  # the newest so many checkpoints keep their training state
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, half-written, foreign or of a class that lmlib does not have."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -76,7 +72,8 @@ def save_checkpoint(
     *,
     config: RunConfig,
     tokenizer: Any,
-    val_loss: float | None,
+    val_loss: float,
+    scheduled: bool,
     state: dict[str, Any],
 ) -> Path:
     """Write checkpoints/checkpoint_step_<step>, whole or not at all, and prune old training states.
@@ -86,22 +83,35 @@ def save_checkpoint(
     Args:
         weights: what `model_tensors` gives.
         optimizer: what `optim.state_tensors` gives.
+        scheduled: False for one made on interruption, which goes when a later one is saved.
         state: what else continuing needs; goes into training_state/state.json.
 
     Raises:
-        CheckpointError: it could not be written (the disk is full, say); older checkpoints are untouched.
+        CheckpointError: it could not be written (the disk is full, say), or a weight is not finite; older
+            checkpoints are untouched.
     """
     parent = run_dir / "checkpoints"
     final, draft = parent / f"checkpoint_step_{step}", parent / f".draft_step_{step}"
     state_dir = draft / "training_state"
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"The weights of step {step} are not all finite ({', '.join(broken[:3])}), so they are not saved. The earlier "
+            "checkpoints are untouched: start a run of another name with a lower learning_rate."
+        )
     try:
         shutil.rmtree(draft, ignore_errors=True)
+        parent.mkdir(exist_ok=True)
+        check_space(parent, sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values())))
         state_dir.mkdir(parents=True)
         save_file(_on_cpu(weights), draft / "model.safetensors", metadata={"format": "pt"})
         stock_config(config, tokenizer).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
-        manifest = write_manifest(draft, {"step": step, "val_loss": val_loss, "timestamp": now()}, "checkpoint.json")
+        manifest = write_manifest(
+            draft,
+            {"step": step, "val_loss": val_loss, "timestamp": now(), "scheduled": scheduled},
+            "checkpoint.json",
+        )
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
         model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
         write_manifest(state_dir, {"step": step, "model_sha256": model_sha256, **state}, "state.json")
@@ -121,34 +131,49 @@ def save_checkpoint(
     return final
 
 
-def check_space(run_dir: Path, weights: dict[str, Tensor], optimizer_bytes: int, checkpoints: int) -> int:
-    """Bytes that `checkpoints` more checkpoints will take, their training states included.
-
-    Raises:
-        CheckpointError: the disk has less than that free.
-    """
-    each = sum(tensor.nbytes for tensor in weights.values())
-    needed = checkpoints * (each + 1_000_000) + min(checkpoints, STATES_KEPT + 1) * optimizer_bytes
-    free = shutil.disk_usage(next(p for p in (run_dir, *run_dir.parents) if p.exists())).free
+def check_space(folder: Path, needed: int):
+    """Raise a CheckpointError if the disk that holds `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < needed:
         raise CheckpointError(
-            f"The {checkpoints} checkpoints of this run need {needed / 1e9:.2f} GB and {run_dir} has {free / 1e9:.2f} GB "
-            "free: make room, or raise checkpoint_every."
+            f"The checkpoints need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
+            "make room, raise checkpoint_every, or choose another output_dir."
         )
-    return needed
+
+
+def disk_needed(weights: dict[str, Tensor], optimizer_bytes: int, checkpoints: int) -> int:
+    """Bytes that so many more checkpoints take, with the training states of the newest and one being written."""
+    each = sum(tensor.nbytes for tensor in weights.values()) + 1_000_000  # the tokenizer, roughly
+    return checkpoints * each + min(checkpoints, STATES_KEPT + 1) * optimizer_bytes
 
 
 def prune(run_dir: Path):
-    """Keep training states for the newest checkpoints only; delete drafts and other leftovers of killed runs."""
+    """Delete drafts, checkpoints of interruptions that a later one supersedes, and all but the newest training states."""
     parent = run_dir / "checkpoints"
     for leftover in parent.glob(".*_step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for step in checkpoint_steps(run_dir)[:-1]:
+        folder = parent / f"checkpoint_step_{step}"
+        if _is_superseded(folder):
+            _remove(folder)
     for step in checkpoint_steps(run_dir)[:-STATES_KEPT]:
-        state_dir = parent / f"checkpoint_step_{step}" / "training_state"
-        if state_dir.exists():  # out of sight first, so that a half-deleted state is never found
-            doomed = parent / f".pruned_step_{step}"
-            state_dir.rename(doomed)
-            shutil.rmtree(doomed)
+        _remove(parent / f"checkpoint_step_{step}" / "training_state")
+
+
+def _is_superseded(folder: Path) -> bool:
+    try:
+        return verify(folder)["scheduled"] is False
+    except CheckpointError:  # not ours to judge
+        return False
+
+
+def _remove(folder: Path):
+    """Delete a folder, out of sight first, so that it is never found half-deleted."""
+    if folder.exists():
+        doomed = next(path for path in folder.parents if path.name == "checkpoints") / f".doomed_step_{folder.parent.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def write_manifest(folder: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -164,54 +189,9 @@ def write_manifest(folder: Path, content: dict[str, Any], name: str) -> dict[str
     return manifest
 
 
-def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
-    """The transformers configuration of the stock class whose names and arithmetic ours are."""
-    import transformers
-
-    shared = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "max_position_embeddings": config.sequence_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rms_norm_eps": 1e-6,
-        "dtype": "float32",
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
-    if config.attention == "mha":
-        return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **shared)
-    return transformers.DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"],
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        v_head_dim=config.v_head_dim,
-        rope_interleave=config.rope_interleave,
-        first_k_dense_replace=config.num_hidden_layers,  # every layer dense
-        num_nextn_predict_layers=0,
-        **shared,
-    )
-
-
 def _generation_config(tokenizer: Any) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
-
-
-def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: all parameters by name, a tied head once."""
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -343,103 +323,9 @@ def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tupl
     return model, load_tokenizer(str(folder))
 
 
-def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
-    """A LanguageModel of `config` with the weights in `folder`; names and shapes are compared before memory is taken."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} points outside its folder.")
-        files = [safe_open(folder / name, "pt") for name in names or ["model.safetensors"]]
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"The weights in {folder} cannot be read: {error}") from error
-    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
-    layers = {int(match[1]) for name in holder if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
-        raise CheckpointError(f"{folder} has weights of {len(layers)} layers where {config.num_hidden_layers} are meant.")
-
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    found = {name: tuple(file.get_slice(name).get_shape()) for name, file in holder.items() if name in expected}
-    wrong = [f"{name}: {found.get(name, 'missing')}, not {shape}" for name, shape in expected.items() if found.get(name) != shape]
-    wrong += [f"{name} is unknown" for name in holder.keys() - expected.keys() - {"lm_head.weight"}]
-    if wrong:
-        raise CheckpointError(f"The weights in {folder} do not fit its configuration: {'; '.join(wrong[:5])}.")
-    tensors = {name: holder[name].get_tensor(name).float() for name in expected}
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
-
-
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
     """The optimiser's tensors of a verified training state."""
     return load_file(folder / "training_state" / "optimizer.safetensors")
-
-
-# What a stock configuration may say without changing the arithmetic of a dense model in evaluation mode.
-_HARMLESS = {
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"),
-    *("initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("max_position_embeddings", "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers"),
-    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"),
-    *("norm_topk_prob", "routed_scaling_factor", "output_router_logits", "head_dim", "qk_head_dim", "use_cache"),
-    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("problem_type", "is_encoder_decoder", "torchscript", "num_local_experts", "tokenizer_class", "task_specific_params"),
-}
-
-
-def config_of(folder: Path) -> RunConfig:
-    """The model's part of a RunConfig, read from a Hugging Face folder's config.json.
-
-    Raises:
-        CheckpointError: the class is not one of ours, or a setting has a value that ours lacks.
-    """
-    import transformers
-
-    try:
-        stock = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        settings = stock.to_dict()
-    except Exception as error:  # transformers raises whatever a strange config.json makes it stumble over
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    kinds = {"deepseek_v3": "mla", "llama": "mha"}
-    if settings.get("model_type") not in kinds:
-        raise CheckpointError(f"{folder} holds a {settings.get('model_type')} model; lmlib reads {', '.join(sorted(kinds))}.")
-    attention = kinds[settings["model_type"]]
-    if attention == "mla" and settings["first_k_dense_replace"] < settings["num_hidden_layers"]:
-        raise CheckpointError(f"{folder} has layers of experts (first_k_dense_replace), which this lmlib lacks.")
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    names += ["attention_bias", "tie_word_embeddings"]
-    if attention == "mla":
-        names += ["q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"]
-    try:
-        config = RunConfig(
-            attention=attention,
-            rope_theta=settings["rope_parameters"]["rope_theta"],
-            sequence_length=settings["max_position_embeddings"],
-            **{name: settings[name] for name in names},
-        )
-        ours = stock_config(config).to_dict()
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that lmlib has: {error}") from error
-    lacking = [
-        f"{name} = {value!r}"
-        for name, value in settings.items()
-        if name not in _HARMLESS and value is not None and ours.get(name) != value
-    ]
-    head_dim = settings.get("head_dim")
-    if attention == "mha" and head_dim not in (None, config.hidden_size // config.num_attention_heads):
-        lacking.append(f"head_dim = {head_dim}")
-    if lacking:
-        raise CheckpointError(f"{folder} has settings that lmlib lacks: {', '.join(sorted(lacking))}.")
-    return config
 
 
 def _digest(content: dict[str, Any]) -> str:

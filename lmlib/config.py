@@ -67,6 +67,8 @@ class RunConfig:
     init_from: str | None = None            # a run, checkpoint or Hugging Face folder whose weights to start from
     init_step: int | None = None            # which checkpoint of that run; None: the newest
 
+    init_state: Literal["weights", "full"] = "weights"  # full: go on from its step, with its optimiser's state
+
     # Training
     total_steps: int = 700                  # updates to make
     batch_size: int = 8                     # windows in an update
@@ -324,6 +326,7 @@ def _contradictions(c: RunConfig) -> list[str]:
         f"vocab_size is {c.vocab_size}; a tokenizer trained here needs 257 or more (every byte, and the end of a text)",
     )
     need(c.init_step is None or c.init_from is not None, "init_step is given without init_from")
+    need(c.init_state == "weights" or c.init_from is not None, "init_state is full without init_from")
     if c.attention == "mha" and c.num_attention_heads >= 1:
         need(
             c.hidden_size % c.num_attention_heads == 0,

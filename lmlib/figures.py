@@ -99,7 +99,9 @@ def describe(record: Any, total_steps: int) -> str:
         return f"💾 Checkpoint saved: {record.path}"
     if record.kind == "done":
         return f"Done: {record.step} steps, held-out loss {record.val_loss:.4f}, bits per byte {record.val_bits_per_byte:.4f}"
-    return f"Step {record.step}/{total_steps}: {record.kind} {record.values}"
+    if record.kind == "spike":
+        return f"Step {record.step}/{total_steps}: ⚠ the loss leapt to {record.loss:.4f} from about {record.usual_loss:.4f}"
+    return f"Step {record.step}/{total_steps}: ⚠ {record.kind} {record.values}"
 
 
 # ---------------------------------------------------------------------------------------------------

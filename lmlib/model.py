@@ -231,7 +231,10 @@ class HeadLoss(torch.autograd.Function):
                 grad_logits.scatter_add_(1, target[:, None], torch.full_like(grad_logits[:, :1], -1.0))
                 grad_logits = (grad_logits / M).to(matrix.dtype)
                 grad_hidden[start : start + HeadLoss.rows] = grad_logits @ matrix
-                grad_weight += grad_logits.T @ chunk.to(matrix.dtype)
+                if matrix is weight:
+                    grad_weight.addmm_(grad_logits.T, chunk)
+                else:  # under autocast the sum stays in float32
+                    grad_weight += grad_logits.T @ chunk.to(matrix.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return (total / M).to(torch.promote_types(hidden.dtype, torch.float32))
 

@@ -29,7 +29,7 @@ ONLY_MLA = {"q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim
 class Record:
     """One line of metrics.jsonl: what happened at a step.
 
-    `kind` is "step", "eval", "checkpoint" or "done" (or "nonfinite", "out_of_memory"). Its values are attributes
+    `kind` is "step", "eval", "checkpoint" or "done" (or "spike", "nonfinite", "out_of_memory"). Its values are attributes
     too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
     """
 
@@ -68,6 +68,20 @@ class Metrics:
 
     def close(self):
         self.file.close()
+
+
+def writer(run_dir: Path) -> str | None:
+    """The process that holds the run, as "pid on machine"; None if none does."""
+    path = run_dir.parent / ".locks" / f"{run_dir.name}.lock"
+    if not path.exists():
+        return None
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except OSError:
+            file.seek(0)
+            return file.read().strip() or "unknown"
 
 
 @contextmanager

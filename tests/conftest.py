@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.data import corpus_files
+from lmlib.corpus import corpus_files
 
 names = (f"run{number}" for number in itertools.count())
 

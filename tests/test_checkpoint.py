@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lmlib
-from lmlib import checkpoint
+from lmlib import checkpoint, pretrained
 from lmlib.checkpoint import CheckpointError
 
 
@@ -56,7 +56,7 @@ def test_stock_transformers_reads_a_checkpoint(trained):
 def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
     """As transformers writes them: sharded, half precision, and with the defaults of its class."""
     config = lmlib.RunConfig(attention="mha", vocab_size=300, tie_word_embeddings=False)
-    stock = transformers.LlamaForCausalLM(checkpoint.stock_config(config)).to(torch.bfloat16)
+    stock = transformers.LlamaForCausalLM(pretrained.stock_config(config)).to(torch.bfloat16)
     stock.save_pretrained(tmp_path, max_shard_size="2MB")
     _, tokenizer = lmlib.load(trained.run_dir)
     tokenizer.save_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
     ],
 )
 def test_a_setting_that_we_lack_is_named(tmp_path, setting, value):
-    config = checkpoint.stock_config(lmlib.RunConfig(attention="mha", vocab_size=300))
+    config = pretrained.stock_config(lmlib.RunConfig(attention="mha", vocab_size=300))
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, setting: value}))
@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(run):
         lmlib.load(plain)
 
 
-def save_again(run, background=False, step=25):
+def save_again(run, background=False, step=25, scheduled=True):
     source = run / "checkpoints" / "checkpoint_step_20"
     model, tokenizer = lmlib.load(run, 20)
     saver = checkpoint.Saver(background)
@@ -175,11 +175,12 @@ def save_again(run, background=False, step=25):
     saver.save(
         run,
         step,
-        checkpoint.model_tensors(model),
+        pretrained.model_tensors(model),
         optimizer,
         config=model.config,
         tokenizer=tokenizer,
         val_loss=1.0,
+        scheduled=scheduled,
         state={"run": "x"},
     )
     return saver, model
@@ -216,10 +217,29 @@ def test_only_the_newest_two_keep_their_training_state_and_leftovers_go(run):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_too_little_space_is_said_before_the_first_step(run, monkeypatch):
+def test_a_checkpoint_of_an_interruption_goes_when_a_later_one_is_there(run):
+    save_again(run, step=22, scheduled=False)
+    assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20, 22]
+    save_again(run, step=25)
+    assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20, 25]
+    assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_25"
+
+
+def test_too_little_space_is_said_before_anything_is_written(run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(CheckpointError, match="The 4 checkpoints of this run need .* GB and .* has 0.00 GB free"):
-        checkpoint.check_space(run, {"a": torch.zeros(10)}, 100, 4)
+    with pytest.raises(CheckpointError, match="The checkpoints need .* GB and .* has 0.00 GB free"):
+        checkpoint.check_space(run / "not" / "yet", 100)
+    with pytest.raises(CheckpointError, match="0.00 GB free"):
+        save_again(run)
+    assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch):
+    real = pretrained.model_tensors
+    monkeypatch.setattr(pretrained, "model_tensors", lambda model: {k: t / 0 for k, t in real(model).items()})
+    with pytest.raises(CheckpointError, match="step 25 are not all finite"):
+        save_again(run)
+    assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
 
 
 def test_nothing_is_ever_unpickled():

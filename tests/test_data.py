@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from lmlib import data
+from lmlib import corpus, data
 
 
 def test_a_duplicate_lands_on_the_same_side_whatever_its_case_and_spacing():
     sides = Counter()
     for number in range(2000):
         text = f"Document number {number}, of some length."
-        side = data.is_held_out(text, 0.1)
-        assert side == data.is_held_out(f"  DOCUMENT   number\n{number}, of some length. ", 0.1)
+        side = corpus.is_held_out(text, 0.1)
+        assert side == corpus.is_held_out(f"  DOCUMENT   number\n{number}, of some length. ", 0.1)
         sides[side] += 1
     assert 150 < sides[True] < 250
-    assert all(data.is_held_out(str(n), 0.5) for n in range(100) if data.is_held_out(str(n), 0.2))
+    assert all(corpus.is_held_out(str(n), 0.5) for n in range(100) if corpus.is_held_out(str(n), 0.2))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000, 4097])
@@ -52,10 +52,10 @@ def test_every_window_is_drawn_once_an_epoch_and_a_batch_needs_no_history(smoke,
 def test_tokens_decode_to_the_documents_each_on_one_side(smoke, text_file):
     config = smoke(corpus=str(text_file))
     store = data.prepare(config)
-    documents = list(data.documents(config.corpus, config))
+    documents = list(corpus.documents(config.corpus, config))
     assert len(documents) > 20 and all(1900 < len(text) < 4100 for text in documents[:-1])
     for side, tokens in ((False, store.train), (True, store.validation)):
-        expected = [text for text in documents if data.is_held_out(text, config.validation_fraction) == side]
+        expected = [text for text in documents if corpus.is_held_out(text, config.validation_fraction) == side]
         text = store.tokenizer.decode(tokens.astype(np.int64).tolist())
         assert text == "".join(document + data.END_OF_TEXT for document in expected)
     assert store.train.dtype == np.uint16
@@ -66,7 +66,7 @@ def test_tokens_decode_to_the_documents_each_on_one_side(smoke, text_file):
 def test_the_tokenizer_never_sees_held_out_text(smoke, tmp_path):
     secret = "zyzzyvaquuxplugh"
     texts = [f"An ordinary sentence about the weather, number {n}. " * 5 for n in range(200)]
-    texts = [text + (f" {secret}" * 50 if data.is_held_out(text + f" {secret}" * 50, 0.3) else "") for text in texts]
+    texts = [text + (f" {secret}" * 50 if corpus.is_held_out(text + f" {secret}" * 50, 0.3) else "") for text in texts]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert sum(secret in text for text in texts) > 10
     config = smoke(corpus=str(tmp_path / "c.jsonl"), validation_fraction=0.3, vocab_size=400)
@@ -110,7 +110,7 @@ def test_parquet_and_jsonl_and_txt_in_a_folder_are_all_read(smoke, tmp_path):
     (tmp_path / "in" / "b.jsonl").write_text('{"body": "json one"}\n{"body": null}\n')
     (tmp_path / "c.txt").write_text("plain\r\n\r\ntext")
     (tmp_path / "notes.md").write_text("not read")
-    texts = list(data.documents(str(tmp_path), smoke(text_column="body")))
+    texts = list(corpus.documents(str(tmp_path), smoke(text_column="body")))
     assert texts == ["parquet one", "parquet two", "plain\n\ntext\n", "json one"]
 
 
@@ -124,7 +124,7 @@ def test_a_validation_corpus_replaces_the_split(smoke, text_file, tmp_path):
     (tmp_path / "other.txt").write_text("Something else entirely. " * 400)
     store = data.prepare(smoke(corpus=str(text_file), validation_corpus=str(tmp_path / "other.txt")))
     assert "Something else" in store.tokenizer.decode(store.validation_windows()[0])
-    assert store.info["training"]["bytes"] == sum(len(text.encode()) for text in data.documents(str(text_file), smoke()))
+    assert store.info["training"]["bytes"] == sum(len(text.encode()) for text in corpus.documents(str(text_file), smoke()))
 
 
 def test_a_ready_made_tokenizer_comes_from_a_folder(smoke, text_file):

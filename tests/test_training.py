@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lmlib
-from lmlib import checkpoint, training
+from lmlib import checkpoint, session, training
 from lmlib.config import PROJECT_ROOT
 from lmlib.run_folder import one_writer
 from lmlib.training import NonFinite, Stopped, gradients
@@ -90,7 +90,7 @@ def test_more_steps_extend_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
-    assert "stretched to the new end" in training.greeting(longer)
+    assert "stretched to the new end" in session.greeting(longer)
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
     start = lmlib.load(trained.run_dir, 10)[0]
     assert all(
         torch.equal(a, b)
-        for a, b in zip(start.parameters(), training.build_model(config, training.parent_of(config)).parameters(), strict=True)
+        for a, b in zip(start.parameters(), session.build_model(config, session.parent_of(config)).parameters(), strict=True)
     )
     assert next(lmlib.train(config)).val_loss < 6.1  # not the 6.24 of random weights
     list(lmlib.train(config))
@@ -152,6 +152,32 @@ def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
     assert lmlib.load(config.run_dir)[1].get_vocab() == lmlib.load(trained.run_dir)[1].get_vocab()
     with pytest.raises(ValueError, match="has another shape. To start from it, set hidden_size to 32"):
         list(lmlib.train(smoke(init_from=str(trained.run_dir), hidden_size=64)))
+
+
+def test_a_branch_goes_on_from_a_past_step_with_its_optimiser(smoke, trained):
+    """With nothing changed the branch is its parent; with another rate it is not, and says where it came from."""
+    parent = smoke(total_steps=10)
+    list(lmlib.train(parent))
+    same = smoke(total_steps=10, init_from=str(parent.run_dir), init_step=5, init_state="full")
+    records = list(lmlib.train(same))
+    assert (records[0].kind, records[0].step) == ("eval", 5) and (records[1].kind, records[1].step) == ("step", 6)
+    name = "checkpoints/checkpoint_step_10/model.safetensors"
+    weights = [fingerprint(config.run_dir)["tensors"][name] for config in (parent, same)]
+    assert weights[0] == weights[1]
+    other = replace(same, run_name=same.run_name + "b", learning_rate=0.1)
+    list(lmlib.train(other))
+    assert fingerprint(other.run_dir)["tensors"][name] != weights[0]
+    with pytest.raises(ValueError, match="training_state"):
+        list(
+            lmlib.train(smoke(total_steps=30, init_from=str(other.run_dir / "checkpoints/checkpoint_step_5"), init_state="full"))
+        )
+
+
+def test_a_leap_of_the_loss_is_a_record(smoke, monkeypatch):
+    real = training.gradients
+    monkeypatch.setattr(training, "gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0))
+    records = list(lmlib.train(smoke(total_steps=35)))
+    assert [(r.step, r.usual_loss < r.loss - 2) for r in records if r.kind == "spike"] == [(33, True)]
 
 
 def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(smoke, trained, text_file):
