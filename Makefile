@@ -5,7 +5,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-slow lab bench lint notebooks clean
+.PHONY: train test test-slow lab bench survival lint notebooks clean
 
 train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
@@ -27,6 +27,9 @@ bench: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(RUN) docs/publish_notebooks.py
+
+survival: $(VENV)/ready
+	$(RUN) benchmarks/survival.py $(ARGS)
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

@@ -1,6 +1,7 @@
 """Around the loop: device, starting weights and tokenizer, what is written down first, and how a run is stopped."""
 
 import math
+import os
 import signal
 import threading
 import warnings
@@ -138,6 +139,7 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if change:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what repeatable CUDA products need
             torch.use_deterministic_algorithms(True)
         yield
     finally:
