@@ -104,20 +104,16 @@ def random_kills(folder: Path, start: Callable, kills: int, longest: float, name
     return right, done
 
 
-def kills_in_saves(folder: Path, start: Callable, expected: tuple) -> tuple[int, int]:
-    """A kill at every stage of a save: before and after each call that writes, flushes, renames or prunes."""
-    right = count = 0
-    for call in range(1, 10**6):
+def kills_in_saves(folder: Path, start: Callable, stages: int, expected: tuple) -> tuple[int, int]:
+    """A kill before and after each of the calls that write, flush, rename or prune, from the third save on."""
+    right = 0
+    for call in range(stages):
         config = recipe(folder, f"stage{call}")
-        if not killed(config, start, kill_at_call=call + 60):  # into the third save, when pruning takes part
-            break
+        assert killed(config, start, kill_at_call=61 + call), "the run ended before that call"
         killed(config, start)
         right += fingerprint(config.run_dir) == expected
-        count += 1
         shutil.rmtree(config.run_dir)
-        if count == 40:
-            break
-    return right, count
+    return right, stages
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -188,6 +184,7 @@ def full_disks(folder: Path, expected: tuple) -> tuple[int, int]:
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=200, help="random kills; half as many during resume")
+    options.add_argument("--stages", type=int, default=40, help="calls of a save to be killed at")
     arguments = options.parse_args()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lmlib.training", "transformers", "torch._dynamo"])
@@ -212,7 +209,7 @@ def main():
             ("the same run twice", int(fingerprint(again.run_dir) == expected), 1),
             ("killed at random", *random_kills(folder, start, arguments.kills, length, "random", expected)),
             ("killed soon after starting again", *random_kills(folder, start, arguments.kills // 2, 0.5, "early", expected)),
-            ("killed at each stage of a save", *kills_in_saves(folder, start, expected)),
+            ("killed at each stage of a save", *kills_in_saves(folder, start, arguments.stages, expected)),
             ("corrupted checkpoints found", *corruptions(whole.run_dir)),
             ("disk full at each stage of a save", *full_disks(folder, expected)),
         ]

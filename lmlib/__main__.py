@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
 
@@ -78,9 +80,12 @@ def train(options: argparse.Namespace):
     print(session.greeting(config), flush=True)
     if run_folder.finished(config):
         return
-    for record in training.train(config):
-        print(figures.describe(record, config.total_steps), flush=True)
-    figures.save_curves(config.run_dir)
+    try:
+        for record in training.train(config):
+            print(figures.describe(record, config.total_steps), flush=True)
+    except KeyboardInterrupt:
+        figures.save_curves(config.run_dir)
+        raise
 
 
 def notebook(options: argparse.Namespace):
@@ -97,24 +102,38 @@ def notebook(options: argparse.Namespace):
         )
         return 0
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
+    def ask_to_stop(number: int, frame: Any):
+        """Ctrl-C lets the step at hand end and be saved, as in the terminal; a second one interrupts."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nStopping after the step at hand (Ctrl-C again: at once).", file=sys.stderr)
+        (config.run_dir / "stop").touch()
+
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGINT, ask_to_stop)
     try:
-        papermill.execute_notebook(
-            PROJECT_ROOT / "notebooks" / "train.ipynb",
-            executed,
-            parameters={name: getattr(config, name) for name in given},
-            cwd=str(PROJECT_ROOT),
-            log_output=True,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            progress_bar=False,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # no port that other users of the machine could reach
-        )
+        with tempfile.TemporaryDirectory() as sockets:  # no port that other users of the machine could reach
+            papermill.execute_notebook(
+                PROJECT_ROOT / "notebooks" / "train.ipynb",
+                executed,
+                parameters=config.to_dict(),
+                cwd=str(PROJECT_ROOT),
+                log_output=True,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                progress_bar=False,
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+            )
     except papermill.PapermillExecutionError as error:
-        print(f"Error: {error.ename}: {error.evalue}\nThe notebook so far: {executed}", file=sys.stderr)
+        print(f"{error.ename}: {error.evalue}\nThe notebook so far: {executed}", file=sys.stderr)
+        return 130 if error.ename == "Stopped" else 1
+    except DeadKernelError:
+        print(f"The notebook's kernel died (out of memory?). Start again to go on. So far: {executed}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     print(f"\nEverything is in {config.run_dir}: open train.ipynb or training_curves.html there.")
     return 0
 
@@ -198,7 +217,8 @@ def _print_checkpoints(run_dir: Path):
         try:
             manifest = checkpoint.verify(folder)
             state = "  (can be continued)" if (folder / "training_state").is_dir() else ""
-            print(f"step {step:>7}  held-out loss {manifest['val_loss']:.4f}  {manifest['timestamp']}{state}")
+            score = f"{manifest['val_loss']:.4f} (of step {manifest['val_loss_step']})"
+            print(f"step {step:>7}  held-out loss {score}  {manifest['timestamp']}{state}")
         except ValueError as error:
             print(f"step {step:>7}  {error}")
     if not steps:
@@ -207,7 +227,7 @@ def _print_checkpoints(run_dir: Path):
 
 def runs(options: argparse.Namespace):
     folder = resolve_path(options.output_dir)
-    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    found = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     for run_dir in found:
         evals, steps = [], [0]
         for line in (run_dir / "metrics.jsonl").read_text("utf-8", "replace").splitlines():

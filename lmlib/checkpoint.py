@@ -73,6 +73,7 @@ def save_checkpoint(
     config: RunConfig,
     tokenizer: Any,
     val_loss: float,
+    val_loss_step: int,
     scheduled: bool,
     state: dict[str, Any],
 ) -> Path:
@@ -83,6 +84,7 @@ def save_checkpoint(
     Args:
         weights: what `model_tensors` gives.
         optimizer: what `optim.state_tensors` gives.
+        val_loss_step: the step that was last evaluated, on or before this one.
         scheduled: False for one made on interruption, which goes when a later one is saved.
         state: what else continuing needs; goes into training_state/state.json.
 
@@ -109,7 +111,7 @@ def save_checkpoint(
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
         manifest = write_manifest(
             draft,
-            {"step": step, "val_loss": val_loss, "timestamp": now(), "scheduled": scheduled},
+            {"step": step, "val_loss": val_loss, "val_loss_step": val_loss_step, "timestamp": now(), "scheduled": scheduled},
             "checkpoint.json",
         )
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
@@ -162,8 +164,8 @@ def prune(run_dir: Path):
 
 def _is_superseded(folder: Path) -> bool:
     try:
-        return verify(folder)["scheduled"] is False
-    except CheckpointError:  # not ours to judge
+        return json.loads((folder / "checkpoint.json").read_bytes())["scheduled"] is False
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or another version's: left alone
         return False
 
 
@@ -269,7 +271,11 @@ def newest_good(run_dir: Path, with_state: bool = False) -> Path | None:
             warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
         return folder
     if failures:
-        raise CheckpointError("No checkpoint can be used:\n" + "\n".join(f"  - {failure}" for failure in failures))
+        raise CheckpointError(
+            "No checkpoint can be used:\n"
+            + "\n".join(f"  - {failure}" for failure in failures)
+            + "\nBring back a copy of one of these folders, or start a run of another name."
+        )
     return None
 
 

@@ -73,7 +73,7 @@ def documents(corpus: str, config: RunConfig) -> Iterator[str]:
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
     """Documents of about `size` characters, cut at blank lines; where none comes for `size` more, at a line's end."""
     document, length = [], 0
-    for line in lines:
+    for line in (piece for whole in lines for piece in _pieces(whole, size)):
         if (length >= size and not line.strip()) or length >= 2 * size:
             yield "\n".join(document) + "\n"
             document, length = [], 0
@@ -82,6 +82,15 @@ def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
             length += len(line) + 1
     if document:
         yield "\n".join(document) + "\n"
+
+
+def _pieces(line: str, size: int) -> Iterator[str]:
+    """A line as it is, or, beyond twice `size`, in parts that end at a space."""
+    while len(line) > 2 * size:
+        end = line.rfind(" ", 1, size) + 1 or size
+        yield line[:end]
+        line = line[end:]
+    yield line
 
 
 def _file_rows(file: Path, text_column: str) -> Iterator[str]:
@@ -103,15 +112,18 @@ def _file_rows(file: Path, text_column: str) -> Iterator[str]:
 
 def _hub_rows(corpus: str, config: RunConfig) -> Iterator[str]:
     import datasets
+    import httpx
 
     try:
         rows = datasets.load_dataset(corpus, config.corpus_config, split=config.corpus_split, streaming=True)
-    except (OSError, ValueError) as error:  # not found, no network, an unknown configuration or split
+        yield from _texts(rows, config.text_column, corpus)
+    except (OSError, ValueError, httpx.HTTPError) as error:  # not found, no network, an unknown configuration or split
+        if f"of {corpus}" in str(error) or str(error).startswith(corpus):
+            raise
         raise ValueError(
             f"The dataset {corpus} (configuration {config.corpus_config}, split {config.corpus_split}) "
             f"cannot be read from Hugging Face: {error}"
         ) from error
-    yield from _texts(rows, config.text_column, corpus)
 
 
 def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
@@ -138,12 +150,15 @@ def is_held_out(document: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(normalised.encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
 
 
-def sided_documents(config: RunConfig) -> Iterator[tuple[bool, str]]:
-    """(held out?, document) for every document with text in it."""
-    for document in documents(config.corpus, config):
-        if document.strip():
-            yield config.validation_corpus is None and is_held_out(document, config.validation_fraction), document
-    if config.validation_corpus is not None:
-        for document in documents(config.validation_corpus, config):
+def sided_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
+    """Streams of (held out?, document), every document with text in it: one of the corpus, and one of the validation
+    corpus if there is one."""
+
+    def sided(corpus: str, fraction: float) -> Iterator[tuple[bool, str]]:
+        for document in documents(corpus, config):
             if document.strip():
-                yield True, document
+                yield is_held_out(document, fraction), document
+
+    if config.validation_corpus is None:
+        return [sided(config.corpus, config.validation_fraction)]
+    return [sided(config.corpus, 0.0), sided(config.validation_corpus, 1.0)]

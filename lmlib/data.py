@@ -184,6 +184,10 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
         ValueError: the corpus or tokenizer cannot be used, or a side is shorter than one window.
     """
     tokenizer = tokenizer or config.tokenizer
+    if tokenizer == "train" and (config.vocab_size or 0) < 257:
+        raise ValueError(
+            f"vocab_size is {config.vocab_size}; a tokenizer trained here needs 257 or more (every byte, and the end of a text)."
+        )
     identity = store_identity(config, tokenizer)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     folder = resolve_path(config.output_dir) / ".tokens" / key
@@ -220,8 +224,8 @@ def store_identity(config: RunConfig, tokenizer: str) -> dict[str, Any]:
     def maker() -> Any:
         if tokenizer == "train":
             return ["byte-level BPE", config.vocab_size, tokenizers.__version__]
-        file = resolve_path(tokenizer) / "tokenizer.json"
-        return file_sha256(file) if file.is_file() else tokenizer
+        loaded = load_tokenizer(tokenizer)
+        return [hashlib.sha256(loaded.backend_tokenizer.to_str().encode()).hexdigest(), loaded.eos_token_id]
 
     return {
         "format": STORE_FORMAT,
@@ -243,7 +247,7 @@ def _build(config: RunConfig, tokenizer_name: str, identity: dict, folder: Path)
     draft = folder.parent / f"{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         if tokenizer_name == "train":
-            training = (text for held_out, text in sided_documents(config) if not held_out)
+            training = (text for stream in sided_documents(config) for held_out, text in stream if not held_out)
             tokenizer = train_tokenizer(_up_to(training, characters=200_000_000), config.vocab_size)
         else:
             tokenizer = load_tokenizer(tokenizer_name)
@@ -257,7 +261,8 @@ def _build(config: RunConfig, tokenizer_name: str, identity: dict, folder: Path)
             file.flush()
             os.fsync(file.fileno())
         if folder.exists() and not _complete(folder):
-            shutil.rmtree(folder)
+            folder.rename(draft.with_suffix(".damaged"))
+            shutil.rmtree(draft.with_suffix(".damaged"))
         try:
             draft.rename(folder)
         except OSError:
@@ -282,24 +287,26 @@ def _write_tokens(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, 
     limit = {False: config.max_tokens, True: None}
     counts = {side: {"tokens": 0, "documents": 0, "bytes": 0} for side in (False, True)}
     needed = config.validation_windows * config.sequence_length + 1
-    stream = sided_documents(config)
+    streams = sided_documents(config)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {False: train, True: validation}
-        while chunk := list(islice(stream, 64)):
-            wanted = [(side, text) for side, text in chunk if limit[side] is None or counts[side]["tokens"] < limit[side]]
-            encoded = tokenizer.backend_tokenizer.encode_batch_fast([t for _, t in wanted], add_special_tokens=False)
-            for (side, text), encoding in zip(wanted, encoded, strict=True):
-                count, ids = counts[side], [*encoding.ids, tokenizer.eos_token_id]
-                if limit[side] is not None:
-                    ids = ids[: limit[side] - count["tokens"]]
-                if ids:
-                    np.array(ids, dtype=dtype).tofile(files[side])
-                    count["tokens"] += len(ids)
-                    count["documents"] += 1
-                    count["bytes"] += len(text.encode("utf-8", "replace"))
-            full = limit[False] is not None and counts[False]["tokens"] >= limit[False]
-            if full and config.validation_corpus is None and counts[True]["tokens"] >= needed:
-                break  # a stream may have no end
+        for number, stream in enumerate(streams):
+            awaited = (False, True) if len(streams) == 1 else (bool(number),)
+            while chunk := list(islice(stream, 64)):
+                wanted = [(side, text) for side, text in chunk if limit[side] is None or counts[side]["tokens"] < limit[side]]
+                encoded = tokenizer.backend_tokenizer.encode_batch_fast([t for _, t in wanted], add_special_tokens=False)
+                for (side, text), encoding in zip(wanted, encoded, strict=True):
+                    count, ids = counts[side], [*encoding.ids, tokenizer.eos_token_id]
+                    if limit[side] is not None:
+                        ids = ids[: limit[side] - count["tokens"]]
+                    if ids:
+                        np.array(ids, dtype=dtype).tofile(files[side])
+                        count["tokens"] += len(ids)
+                        count["documents"] += 1
+                        count["bytes"] += len(text.encode("utf-8", "replace"))
+                enough = {False: config.max_tokens, True: needed}
+                if config.max_tokens and all(counts[side]["tokens"] >= enough[side] for side in awaited):
+                    break  # a stream may have no end
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -320,7 +327,7 @@ def _complete(folder: Path) -> bool:
     try:
         info = json.loads((folder / "store.json").read_text())
         size = np.dtype(info["dtype"]).itemsize
-        return all(
+        return all((folder / file).is_file() for file in info["sha256"]) and all(
             (folder / file).stat().st_size == info[side]["tokens"] * size
             for file, side in (("train.bin", "training"), ("validation.bin", "held-out"))
         )

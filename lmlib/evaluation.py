@@ -54,6 +54,6 @@ def evaluate(
         "val_loss": loss,
         "val_loss_stderr": float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None,
         "val_accuracy": right / tokens,
-        "val_perplexity": math.exp(loss),
-        "val_bits_per_byte": loss * tokens / math.log(2) / int(token_bytes[targets].sum()),
+        "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "val_bits_per_byte": loss * tokens / math.log(2) / max(1, int(token_bytes[targets].sum())),
     }

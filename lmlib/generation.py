@@ -45,6 +45,8 @@ def generate(
         eos = None if ignore_eos else tokenizer.eos_token_id
         return torch.stack(list(sample_ids(model, prompts, max_new_tokens, eos, **settings)), dim=1)
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(f"prompts must be text, a list of texts or a tensor of ids, not {type(prompts).__name__}.")
     return ["".join(stream(model, tokenizer, p, max_new_tokens, ignore_eos=ignore_eos, **settings)) for p in prompts]
 
 
@@ -65,6 +67,7 @@ def stream(
     """
     if not isinstance(prompt, str):
         raise ValueError(f"A prompt must be text, not {type(prompt).__name__}.")
+    prompt = prompt.encode("utf-8", "replace").decode()  # half a surrogate pair, from a terminal of another encoding
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
     eos, new, written = tokenizer.eos_token_id, [], ""
     steps = sample_ids(model, torch.tensor([ids]), max_new_tokens, None if ignore_eos else eos, temperature, top_k, top_p, seed)
@@ -95,8 +98,8 @@ def sample_ids(
     """
     check_settings(model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, seed)
     window, was_training = model.config.sequence_length, model.training
-    if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] < 1:
-        raise ValueError(f"ids must be whole numbers of shape (B, T), T at least 1; these are {ids.dtype} {tuple(ids.shape)}.")
+    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() < 1:
+        raise ValueError(f"ids must be whole numbers of shape (B, T), both at least 1; these are {ids.dtype} {tuple(ids.shape)}.")
     if ids.shape[1] > window:
         raise ValueError(f"The prompt has {ids.shape[1]} tokens and the model's window is {window}: shorten the prompt.")
     if ids.min() < 0 or ids.max() >= model.config.vocab_size:

@@ -21,7 +21,7 @@ from lmlib.config import PROJECT_ROOT, RunConfig
 from lmlib.data import TokenStore
 
 # What may differ when a run is continued; a change of anything else would make another run of it.
-MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir", "on_nonfinite"}
+MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir"}
 ONLY_MLA = {"q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"}
 
 
@@ -145,13 +145,11 @@ def continued(config: RunConfig) -> RunConfig:
     for name in ("vocab_size", "init_step"):
         if getattr(config, name) is None and recorded.get(name) is not None:
             config = replace(config, **{name: recorded[name]})
-    unused = ONLY_MLA if config.attention == "mha" else set()
+    recorded = {**RunConfig().to_dict(), **recorded}  # a parameter that came later had its default
     different = [
-        f"{name} is {value!r} and was {recorded.get(name)!r}"
-        for name, value in config.to_dict().items()
-        if name not in MAY_CHANGE | unused and value != recorded.get(name)
+        f"{name} is {value!r} and was {recorded[name]!r}" for name, value in fixed(config).items() if value != recorded[name]
     ]
-    if config.total_steps < recorded.get("total_steps", 0):
+    if config.total_steps < recorded["total_steps"]:
         different.append(f"total_steps is {config.total_steps} and was {recorded['total_steps']}; it may only grow")
     if different:
         raise ValueError(
@@ -169,9 +167,16 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
 
 
 def run_key(config: RunConfig) -> str:
-    """What makes this run itself: a hash of all parameters that may not change."""
-    fixed = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    """What makes this run itself: a hash of the fixed parameters that differ from their defaults."""
+    defaults = RunConfig().to_dict()
+    own = {name: value for name, value in fixed(config).items() if value != defaults[name]}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def fixed(config: RunConfig) -> dict[str, Any]:
+    """The parameters that a run keeps for life: all that it uses but those that may change."""
+    unused = ONLY_MLA if config.attention == "mha" else set()
+    return {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE | unused}
 
 
 def environment(store: TokenStore, device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmlib import checkpoint, data, optim, pretrained, run_folder
-from lmlib.config import RunConfig, shown
+from lmlib.config import RunConfig, resolve_path, shown
 from lmlib.model import LanguageModel, parameter_count
 
 
@@ -48,13 +48,17 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
 
 
 def parent_of(config: RunConfig) -> Path | None:
-    """The model folder that the run starts from; None for random weights."""
+    """The model folder that the run starts from; None for random weights and for a run that has a checkpoint."""
+    if checkpoint.checkpoint_steps(config.run_dir):
+        return None
     return checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
 
 
 def open_store(config: RunConfig) -> data.TokenStore:
     """The tokens that a run trains and is judged on, in its own tokenizer or, with `init_from`, in its parent's."""
-    return data.prepare(config, tokenizer=tokenizer_of(config, parent_of(config)))
+    with one_sentence(config.run_dir):
+        own = checkpoint.newest_good(config.run_dir) if config.init_from else None
+        return data.prepare(config, tokenizer=str(own) if own else tokenizer_of(config, parent_of(config)))
 
 
 def greeting(config: RunConfig) -> str:
@@ -102,8 +106,11 @@ def disk_needed(config: RunConfig, model: LanguageModel, optimizers: list[torch.
     return checkpoint.disk_needed(pretrained.model_tensors(model), optim.state_bytes(optimizers), count)
 
 
-def step_of(folder: Path | None) -> int | None:
-    return checkpoint.verify(folder)["step"] if folder and (folder / "checkpoint.json").exists() else None
+def step_of(config: RunConfig, parent: Path | None) -> int | None:
+    """The step of its parent run that a run starts from, if `init_from` names a run and not one model."""
+    if parent is None or parent == resolve_path(config.init_from):
+        return config.init_step
+    return checkpoint.verify(parent)["step"]
 
 
 def record_environment(config: RunConfig, store: data.TokenStore, device: torch.device, step: int, parent: Path | None):
@@ -113,10 +120,11 @@ def record_environment(config: RunConfig, store: data.TokenStore, device: torch.
     if before:
         for change in run_folder.changes(before, now):
             warnings.warn(f"Going on may not be bit for bit: {change}.", stacklevel=2)
-    now["init_from"] = str(parent) if parent else None
+    now["init_from"] = str(parent) if parent else (before or {}).get("init_from")
     session = {"from_step": step, "total_steps": config.total_steps, "started": run_folder.now()}
     now["sessions"] = [*(before["sessions"] if before else []), session]
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "results.json").unlink(missing_ok=True)  # those of fewer steps, if any
     run_folder.write_json(run_dir / "environment.json", now)
     run_folder.write_json(run_dir / "config.json", config.to_dict())
 
@@ -152,6 +160,7 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
 def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
     """Yields a function that says why the run should stop, or "". A second Ctrl-C interrupts at once."""
     asked: list[str] = []
+    (run_dir / "stop").unlink(missing_ok=True)  # meant for an earlier session
 
     def note(number: int, frame: Any):
         if asked:

@@ -47,7 +47,7 @@ def train(config: RunConfig) -> Iterator[Record]:
         return
     with session.one_sentence(config.run_dir), session.numerics(config, device):
         parent, store = session.parent_of(config), session.open_store(config)
-        config = replace(config, vocab_size=store.vocab_size, init_step=session.step_of(parent))
+        config = replace(config, vocab_size=store.vocab_size, init_step=session.step_of(config, parent))
         with run_folder.one_writer(config.run_dir), session.stop_requests(config.run_dir) as stop_asked:
             yield from _loop(config, store, device, parent, stop_asked)
 
@@ -66,10 +66,14 @@ def _loop(
     elif parent and config.init_state == "full":
         if not (parent / "training_state").exists():
             raise ValueError(
-                f"{parent} has no training_state any more (the newest two checkpoints of a run keep theirs), so the "
+                f"{parent} has no training state any more (the newest two checkpoints of a run keep theirs), so the "
                 "optimiser cannot go on from it; init_state: weights can start there."
             )
         state |= {"step": checkpoint.verify_state(parent)["step"]}
+    elif (run_dir / "results.json").exists():
+        raise ValueError(
+            f"{run_dir} is a finished run whose checkpoints are gone, so it cannot be continued: choose a new run_name."
+        )
     begin = state["step"]
     if begin > config.total_steps:
         raise ValueError(f"{parent} is at step {begin}, beyond total_steps {config.total_steps}.")
@@ -107,10 +111,12 @@ def _loop(
             config=config,
             tokenizer=store.tokenizer,
             val_loss=scores["val_loss"],
+            val_loss_step=scored,
             scheduled=scheduled,
             state={
                 "run": run_folder.run_key(config),
-                "val_loss": scores["val_loss"],
+                "scores": scores,
+                "scored": scored,
                 "metrics_size": metrics.size(),
                 "micro_batch_size": micro,
                 "skipped": skipped,
@@ -120,7 +126,7 @@ def _loop(
         )
 
     try:
-        scores = {"val_loss": state["val_loss"]} if last and begin < config.total_steps else evaluate()
+        scores, scored = (state["scores"], state["scored"]) if last else (evaluate(), begin)
         if not last:
             yield emit("eval", begin, scores)
 
@@ -153,7 +159,8 @@ def _loop(
                 if config.on_nonfinite == "stop":
                     raise NonFinite(
                         f"The loss ({loss}) or gradient norm ({norm}) of step {step} is not finite. No weight was changed. "
-                        "Start a run of another name with a lower learning_rate, or this one with on_nonfinite: skip."
+                        "Start a run of another name: anew with a lower learning_rate, or from this one's last checkpoint "
+                        "(init_from, init_state: full) with on_nonfinite: skip."
                     )
                 skipped = [*skipped, step]
             elif is_spike(loss, recent):
@@ -164,11 +171,17 @@ def _loop(
                 values = {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm}
                 yield emit("step", step, values, meter.speed(step))
             if step % config.eval_every == 0 or is_last:
-                scores = evaluate()
+                scores, scored = evaluate(), step
+                if not math.isfinite(scores["val_perplexity"]):
+                    raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
                 yield emit("eval", step, scores)
             is_saved = step % config.checkpoint_every == 0 or is_last
             if is_saved:
-                record = emit("checkpoint", step, {"path": f"checkpoints/checkpoint_step_{step}", **scores})
+                record = emit(
+                    "checkpoint",
+                    step,
+                    {"path": f"checkpoints/checkpoint_step_{step}", "val_loss": scores["val_loss"], "val_loss_step": scored},
+                )
                 save(step, scheduled=True)
                 yield record
             if not is_last and (reason := stop_asked()):
@@ -186,10 +199,15 @@ def _loop(
             "tokens_per_second": round(meter.tokens_per_second(), 1),
         }
         measured_on = what_was_measured(config, store, windows)
+        done = emit("done", config.total_steps, results, timing)
+        draw_curves(run_dir)
         run_folder.write_json(run_dir / "results.json", {**results, **timing, "measured_on": measured_on})
-        yield emit("done", config.total_steps, results, timing)
+        yield done
     finally:
-        metrics.close()
+        try:
+            saver.wait()
+        finally:
+            metrics.close()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -248,6 +266,15 @@ def summary(config: RunConfig, model: LanguageModel, skipped: list[int]) -> dict
         "tokens_trained": config.total_steps * config.batch_size * config.sequence_length,
         "steps_skipped": skipped,
     }
+
+
+def draw_curves(run_dir: Path):
+    """training_curves.png and .html, where the packages that draw are installed; the core trains without them."""
+    try:
+        from lmlib import figures
+    except ImportError:
+        return
+    figures.save_curves(run_dir)
 
 
 def what_was_measured(config: RunConfig, store: data.TokenStore, windows: Tensor) -> dict[str, Any]:

@@ -180,6 +180,7 @@ def save_again(run, background=False, step=25, scheduled=True):
         config=model.config,
         tokenizer=tokenizer,
         val_loss=1.0,
+        val_loss_step=step,
         scheduled=scheduled,
         state={"run": "x"},
     )

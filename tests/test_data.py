@@ -187,6 +187,18 @@ def test_a_corpus_that_cannot_be_used_is_one_sentence(smoke, tmp_path, name, con
     assert not list((tmp_path / "out").glob("*")) or not list((tmp_path / "out" / ".tokens").glob("*.*"))
 
 
+def test_a_corpus_without_line_breaks_is_cut_at_spaces(smoke, tmp_path):
+    words = " ".join(f"word{n % 700}" for n in range(20_000))
+    (tmp_path / "flat.txt").write_text(words)
+    texts = list(corpus.documents(str(tmp_path / "flat.txt"), smoke()))
+    assert len(texts) > 25 and "".join(texts).replace("\n", "") == words
+
+
+def test_a_vocabulary_below_the_bytes_cannot_be_trained(smoke, text_file):
+    with pytest.raises(ValueError, match="needs 257 or more"):
+        data.prepare(smoke(corpus=str(text_file), vocab_size=100))
+
+
 def test_a_tokenizer_that_is_not_there_is_one_sentence(smoke, text_file, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(ValueError, match="The tokenizer .* cannot be loaded"):

@@ -23,7 +23,7 @@ def test_every_command_of_the_readme_parses():
     from lmlib.__main__ import parser
 
     makefile = (PROJECT_ROOT / "Makefile").read_text()
-    known = ("make ", "python -m lmlib ", "mkdir ", "papermill ", "conda ", "pip ", "git ", "cd ", ". ", "source ")
+    known = ("make ", "python -m lmlib ", "mkdir ", "papermill ", "python3 -m venv ", ".venv/bin/pip ")
     for command in commands():
         assert command.startswith(known), command
         for file in re.findall(r"params/[\w/]+\.yaml", command):

@@ -167,10 +167,47 @@ def test_a_branch_goes_on_from_a_past_step_with_its_optimiser(smoke, trained):
     other = replace(same, run_name=same.run_name + "b", learning_rate=0.1)
     list(lmlib.train(other))
     assert fingerprint(other.run_dir)["tensors"][name] != weights[0]
-    with pytest.raises(ValueError, match="training_state"):
-        list(
-            lmlib.train(smoke(total_steps=30, init_from=str(other.run_dir / "checkpoints/checkpoint_step_5"), init_state="full"))
-        )
+    with pytest.raises(ValueError, match="has no training state any more"):
+        list(lmlib.train(smoke(init_from=str(trained.run_dir), init_step=5, init_state="full")))
+
+
+def test_a_run_from_a_checkpoint_folder_goes_on_without_its_parent(smoke, trained, tmp_path):
+    parent = shutil.copytree(trained.run_dir / "checkpoints" / "checkpoint_step_10", tmp_path / "checkpoint_step_10")
+    config = smoke(init_from=str(parent), total_steps=10)
+    for record in lmlib.train(config):
+        if record.kind == "checkpoint":
+            break
+    shutil.rmtree(parent)
+    assert list(lmlib.train(config))[-1].kind == "done"
+
+
+def test_checkpoints_between_evaluations_name_the_step_of_their_score(smoke):
+    whole, cut = (smoke(total_steps=12, eval_every=10, checkpoint_every=4) for _ in range(2))
+    records = list(lmlib.train(whole))
+    assert [(r.step, r.val_loss_step) for r in records if r.kind == "checkpoint"] == [(4, 0), (8, 0), (12, 12)]
+    for record in lmlib.train(cut):
+        if record.kind == "checkpoint":
+            break
+    list(lmlib.train(cut))
+    assert fingerprint(cut.run_dir) == fingerprint(whole.run_dir)
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(smoke):
+    config = smoke(total_steps=5)
+    list(lmlib.train(config))
+    shutil.rmtree(config.run_dir / "checkpoints")
+    before = (config.run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="checkpoints are gone"):
+        list(lmlib.train(replace(config, total_steps=10)))
+    assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_plain_attention_does_not_use_may_differ_on_going_on(smoke):
+    config = smoke(total_steps=10, attention="mha")
+    for record in lmlib.train(config):
+        if record.kind == "checkpoint":
+            break
+    assert list(lmlib.train(replace(config, kv_lora_rank=20)))[-1].kind == "done"
 
 
 def test_a_leap_of_the_loss_is_a_record(smoke, monkeypatch):
@@ -203,14 +240,14 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
     assert last["kind"] == "nonfinite" and last["step"] == 7 and len(last["windows"]) == 4
     assert checkpoint.checkpoint_steps(config.run_dir) == [5]
 
-    skipping = replace(config, on_nonfinite="skip")
+    skipping = smoke(total_steps=10, on_nonfinite="skip")
     records = list(lmlib.train(skipping))
     assert records[-1].steps_skipped == [7] and ("step", 7) not in [(r.kind, r.step) for r in records]
-    before = fingerprint(config.run_dir)
-    shutil.rmtree(config.run_dir / "checkpoints" / "checkpoint_step_10")
-    (config.run_dir / "results.json").unlink()
+    before = fingerprint(skipping.run_dir)
+    shutil.rmtree(skipping.run_dir / "checkpoints" / "checkpoint_step_10")
+    (skipping.run_dir / "results.json").unlink()
     list(lmlib.train(skipping))
-    assert fingerprint(config.run_dir) == before
+    assert fingerprint(skipping.run_dir) == before
 
 
 def test_running_out_of_gpu_memory_halves_the_micro_batch_and_goes_on(smoke, monkeypatch):
