@@ -101,6 +101,31 @@ def test_notebooks_pass_nbval(path, trained, tmp_path):
     )
 
 
+def test_the_notebooks_stop_saves_the_run(outputs):
+    """What JupyterLab's stop button sends to a kernel that trains."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(
+            f"import lmlib; config = lmlib.RunConfig.load({str(SMOKE)!r}, total_steps=100000, run_name='stopped',"
+            f"output_dir={str(outputs)!r}, eval_every=50000, checkpoint_every=50000)\n"
+            "for record in lmlib.train(config):\n    print(record.step)"
+        )
+        printed = ""
+        while "\n30\n" not in printed:
+            message = client.get_iopub_msg(timeout=60)
+            printed += message["content"].get("text", "")
+            assert message["msg_type"] != "error", message["content"]
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+        assert (reply["status"], reply["ename"]) == ("error", "Stopped") and "Its checkpoint is saved" in reply["evalue"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert len(list((outputs / "stopped" / "checkpoints").iterdir())) == 1
+
+
 def _smoke() -> dict:
     import yaml
 

@@ -1,7 +1,9 @@
 """python -m lmlib: the commands as typed."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -47,6 +49,22 @@ def test_notebook_leaves_itself_in_the_runs_folder_and_is_left_alone_when_finish
     assert "learning_rate = 0.003" in injected.source
     assert "left as it is" in lmlib(*command, "-p", "learning_rate", "3e-3")
     assert executed.read_bytes() == before
+
+
+def test_ctrl_c_on_the_notebook_saves_and_says_how_to_go_on(outputs, tmp_path):
+    command = [sys.executable, "-m", "lmlib", "notebook", "params/smoke.yaml", "-p", "total_steps", "100000"]
+    command += ["-p", "output_dir", str(outputs), "-p", "run_name", "interrupted", "-p", "checkpoint_every", "50000"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=PROJECT_ROOT)
+    deadline = time.monotonic() + 120
+    while "Step 9/" not in (tmp_path / "out").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    said = (tmp_path / "out").read_text()
+    assert "Stopping after the step at hand" in said and "Its checkpoint is saved: start the same run again" in said
+    assert len(list((outputs / "interrupted" / "checkpoints").iterdir())) == 1
 
 
 def test_generate_in_batch(trained):
