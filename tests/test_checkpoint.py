@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from survival import DAMAGES, FILES
 
 import lmlib
 from lmlib import checkpoint, pretrained
@@ -89,18 +90,6 @@ def test_a_setting_that_we_lack_is_named(tmp_path, setting, value):
     with pytest.raises(CheckpointError) as caught:
         lmlib.load(tmp_path)
     assert (value if setting == "model_type" else setting) in str(caught.value)
-
-
-DAMAGES = {
-    "delete": lambda content, other: None,
-    "truncate": lambda content, other: content[: len(content) // 2],
-    "empty": lambda content, other: b"",
-    "flip a bit": lambda content, other: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "zero a block": lambda content, other: content[: len(content) // 3] + bytes(16) + content[len(content) // 3 + 16 :],
-    "swap with another step's": lambda content, other: other,
-}
-FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-FILES += ["checkpoint.json", "training_state/optimizer.safetensors", "training_state/state.json"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
