@@ -1,7 +1,6 @@
 """The terminal: python -m lmlib train | notebook | generate | checkpoints | runs | stop."""
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -226,20 +225,16 @@ def _print_checkpoints(run_dir: Path):
 
 
 def runs(options: argparse.Namespace):
+    from lmlib import figures
+
     folder = resolve_path(options.output_dir)
     found = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     for run_dir in found:
-        evals, steps = [], [0]
-        for line in (run_dir / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-            try:
-                record = json.loads(line)
-                steps.append(record["step"])
-                evals += [record["val_loss"]] if record["kind"] == "eval" else []
-            except (ValueError, KeyError, TypeError):  # a line being written
-                continue
+        frame = figures.read_runs(run_dir)
+        best = frame["val_loss"].min() if "val_loss" in frame else None
         state = "finished" if (run_dir / "results.json").exists() else "unfinished"
-        best = f"{min(evals):.4f}" if evals else "-"
-        print(f"{run_dir.name:<24} {state:<11} step {max(steps):>7}  best held-out loss {best}")
+        step = int(frame["step"].max()) if len(frame) else 0
+        print(f"{run_dir.name:<24} {state:<11} step {step:>7}  best held-out loss {'-' if best is None else f'{best:.4f}'}")
     if not found:
         print(f"There is no run in {folder}.")
 

@@ -103,7 +103,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]):
-    """Put back what `state_tensors` gave. AdamW keeps its step counter on the CPU unless it is fused on CUDA."""
+    """Put back what `state_tensors` gave, on each parameter's device (where fused AdamW wants its step counter too)."""
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, tensor in tensors.items():

@@ -63,6 +63,10 @@ def _loop(
         state = checkpoint.verify_state(last)
         if state["run"] != run_folder.run_key(config):
             raise checkpoint.CheckpointError(f"{last} belongs to another run than the one in {run_dir}.")
+    elif (run_dir / "results.json").exists():
+        raise ValueError(
+            f"{run_dir} is a finished run whose checkpoints are gone, so it cannot be continued: choose a new run_name."
+        )
     elif parent and config.init_state == "full":
         if not (parent / "training_state").exists():
             raise ValueError(
@@ -70,10 +74,6 @@ def _loop(
                 "optimiser cannot go on from it; init_state: weights can start there."
             )
         state |= {"step": checkpoint.verify_state(parent)["step"]}
-    elif (run_dir / "results.json").exists():
-        raise ValueError(
-            f"{run_dir} is a finished run whose checkpoints are gone, so it cannot be continued: choose a new run_name."
-        )
     begin = state["step"]
     if begin > config.total_steps:
         raise ValueError(f"{parent} is at step {begin}, beyond total_steps {config.total_steps}.")
