@@ -23,7 +23,7 @@ from lmlib.config import RunConfig, resolve_path
 from lmlib.data import file_sha256, load_tokenizer
 from lmlib.model import LanguageModel
 from lmlib.pretrained import CheckpointError, config_of, load_weights, stock_config
-from lmlib.run_folder import now, write_json
+from lmlib.run_folder import now, recorded_key, run_key, write_json
 
 FORMAT = 1
 STATES_KEPT = 2  # the newest so many checkpoints keep their training state
@@ -109,14 +109,12 @@ def save_checkpoint(
         stock_config(config, tokenizer).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
-        manifest = write_manifest(
-            draft,
-            {"step": step, "val_loss": val_loss, "val_loss_step": val_loss_step, "timestamp": now(), "scheduled": scheduled},
-            "checkpoint.json",
-        )
+        origin = {"run": run_key(config), "step": step}
+        score = {"val_loss": val_loss, "val_loss_step": val_loss_step}
+        manifest = write_manifest(draft, {**origin, **score, "timestamp": now(), "scheduled": scheduled}, "checkpoint.json")
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
         model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
-        write_manifest(state_dir, {"step": step, "model_sha256": model_sha256, **state}, "state.json")
+        write_manifest(state_dir, {**origin, "model_sha256": model_sha256, **state}, "state.json")
         for folder in (state_dir, draft):
             _sync_folder(folder)
         if final.exists():  # a damaged one that this run was resumed behind
@@ -251,19 +249,28 @@ def verify_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def newest_good(run_dir: Path, with_state: bool = False) -> Path | None:
-    """The newest checkpoint that verifies, with its training state if asked. Each one passed over is warned of.
+def _check_origin(folder: Path, manifest: dict[str, Any], run: str | None):
+    if run is not None and manifest.get("run", run) != run:
+        raise CheckpointError(f"{folder} is foreign: it was saved by another run than the one whose folder it lies in.")
+
+
+def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None) -> Path | None:
+    """The newest checkpoint that is whole and of this run, with its training state if asked. Each one passed over is
+    warned of.
+
+    Args:
+        run: the run's `run_key`; None takes that of the config.json in its folder.
 
     Returns None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: there are checkpoints, and none is good.
     """
-    failures = []
+    failures, run = [], run or recorded_key(run_dir)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
-            (verify_state if with_state else verify)(folder)
+            _check_origin(folder, (verify_state if with_state else verify)(folder), run)
         except CheckpointError as error:
             failures.append(str(error))
             continue
@@ -305,7 +312,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             raise CheckpointError(f"{path} has no checkpoint yet.")
         return found
     found = folder / "checkpoints" / f"checkpoint_step_{step}"
-    verify(found)
+    _check_origin(found, verify(found), recorded_key(folder))
     return found
 
 
@@ -327,6 +334,11 @@ def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tupl
     config = config_of(folder)
     model = load_weights(folder, config).to(device).eval()
     return model, load_tokenizer(str(folder))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a verified training state says beside its tensors."""
+    return json.loads((folder / "training_state" / "state.json").read_bytes())
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:

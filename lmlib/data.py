@@ -58,7 +58,7 @@ def load_tokenizer(name: str) -> Any:
 
     folder = resolve_path(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"The tokenizer {name} cannot be loaded from a folder or from Hugging Face: {error}") from error
     if tokenizer.eos_token_id is None:

@@ -75,7 +75,7 @@ def config_of(folder: Path) -> RunConfig:
     import transformers
 
     try:
-        stock = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        stock = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         settings = stock.to_dict()
     except Exception as error:  # transformers raises whatever a strange config.json makes it stumble over
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
@@ -132,7 +132,7 @@ def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
         raise CheckpointError(f"The weights in {folder} cannot be read: {error}") from error
     holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
     layers = {int(match[1]) for name in holder if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
+    if len(layers) != config.num_hidden_layers or layers != set(range(len(layers))):
         raise CheckpointError(f"{folder} has weights of {len(layers)} layers where {config.num_hidden_layers} are meant.")
 
     with torch.device("meta"):

@@ -173,6 +173,15 @@ def run_key(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
+def recorded_key(run_dir: Path) -> str | None:
+    """The `run_key` of the run that stands in a folder; None where its config.json does not tell."""
+    try:
+        recorded = read_json(run_dir / "config.json")
+        return run_key(RunConfig(**recorded)) if recorded else None
+    except (ValueError, TypeError):
+        return None
+
+
 def fixed(config: RunConfig) -> dict[str, Any]:
     """The parameters that a run keeps for life: all that it uses but those that may change."""
     unused = ONLY_MLA if config.attention == "mha" else set()

@@ -57,12 +57,10 @@ def _loop(
 ) -> Iterator[Record]:
     # Where the run stands
     run_dir, dtype = config.run_dir, session.pick_dtype(config.dtype, device)
-    last = checkpoint.newest_good(run_dir, with_state=True)
+    last = checkpoint.newest_good(run_dir, with_state=True, run=run_folder.run_key(config))
     state = {"step": 0, "metrics_size": 0, "timing": {}, "skipped": [], "recent_losses": []}
     if last:
-        state = checkpoint.verify_state(last)
-        if state["run"] != run_folder.run_key(config):
-            raise checkpoint.CheckpointError(f"{last} belongs to another run than the one in {run_dir}.")
+        state = checkpoint.read_state(last)
     elif (run_dir / "results.json").exists():
         raise ValueError(
             f"{run_dir} is a finished run whose checkpoints are gone, so it cannot be continued: choose a new run_name."
@@ -114,7 +112,6 @@ def _loop(
             val_loss_step=scored,
             scheduled=scheduled,
             state={
-                "run": run_folder.run_key(config),
                 "scores": scores,
                 "scored": scored,
                 "metrics_size": metrics.size(),
