@@ -1,11 +1,12 @@
-"""What a run survives, counted: `make survival` (long), `python benchmarks/survival.py --kills 20` (short).
+"""What a run survives, counted, beside transformers' Trainer: `make survival`, or a short form with the options below.
 
-Each row of the table says how often of how many times a run that was killed, corrupted or starved ended with
-the very tensors (SHA-256 of the files) and records of the run that was left alone, or was refused in a clear sentence.
+Each row says how often of how many times a run that was killed, corrupted or starved ended right: with the very tensors (by
+SHA-256) and records of the run that was left alone, times aside; or refused in a clear sentence, changing nothing.
 """
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -14,27 +15,59 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lmlib import checkpoint
+import hostile
+import peer
+import safetensors
+
+from lmlib import checkpoint, run_folder, training
 from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.training import train
 
 TIMED = ("training_time_minutes", "tokens_per_second")
+STEPS, SAVE_EVERY = 60, 6
+CUT = 54  # a run stopped after this step has one more save to go
+
+# ---------------------------------------------------------------------------------------------------
+# The two trainers
 
 
-def recipe(output_dir: Path, run_name: str) -> RunConfig:
+@dataclass(frozen=True)
+class Trainer:
+    """What the rows need to know of a trainer whose runs live in one folder each."""
+
+    name: str
+    run: Callable[[Path, dict], None]  # train, or go on; the plan may hold "stop_at" and "poison" (a step each)
+    fingerprint: Callable[[Path], Any]
+    folder: str  # of the checkpoint of a step, with {}
+    files: list[str]  # of a checkpoint
+    writes: list[tuple[Any, str]]  # functions that write, flush, rename or prune: (holder, name)
+
+
+def recipe(folder: Path) -> RunConfig:
     """A small run with everything that resuming must repeat: dropout, micro-batches, epoch borders, evaluations."""
     return RunConfig.load(
         PROJECT_ROOT / "params" / "smoke.yaml",
-        **{"output_dir": output_dir, "run_name": run_name, "total_steps": 60, "max_tokens": 9000, "batch_size": 6},
-        **{"micro_batch_size": 4, "eval_every": 7, "checkpoint_every": 6, "log_every": 1},
+        **{"output_dir": folder.parent, "run_name": folder.name, "total_steps": STEPS, "max_tokens": 9000, "batch_size": 6},
+        **{"micro_batch_size": 4, "eval_every": 7, "checkpoint_every": SAVE_EVERY, "log_every": 1},
     )
+
+
+def run_ours(folder: Path, plan: dict):
+    if "poison" in plan:
+        real = training.gradients
+        training.gradients = lambda *args: real(*args) * (float("nan") if args[5] == plan["poison"] else 1.0)
+    for record in training.train(recipe(folder)):
+        if (record.kind, record.step) == ("checkpoint", plan.get("stop_at")):
+            return
 
 
 def fingerprint(run_dir: Path) -> tuple:
@@ -49,75 +82,146 @@ def fingerprint(run_dir: Path) -> tuple:
     return tensors, records, {name: value for name, value in results.items() if name not in TIMED}
 
 
+FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+FILES += ["checkpoint.json", "training_state/optimizer.safetensors", "training_state/state.json"]
+OURS = Trainer(
+    "lmlib",
+    run_ours,
+    fingerprint,
+    "checkpoints/checkpoint_step_{}",
+    FILES,
+    [(checkpoint, name) for name in ("save_file", "write_manifest", "write_json", "_sync_folder", "_remove", "prune")],
+)
+THEIRS = Trainer("transformers.Trainer", peer.run, peer.fingerprint, "checkpoint-{}", peer.FILES, peer.WRITES)
+
+
 # ---------------------------------------------------------------------------------------------------
-# Kills
+# One session of a run, in a process of its own
+
+ENDED, WARNED, REFUSED, FAILED = 0, 3, 4, 5
 
 
-def session(config: RunConfig, kill_at_call: int | None = None):
-    """One process's part of a run, quiet; kills itself at the n-th call that touches a checkpoint, if asked."""
+def session(trainer_name: str, folder: Path, plan: dict):
+    """Train until the end or what `plan` says; the exit status tells how it ended."""
+    trainer = {trainer.name: trainer for trainer in (OURS, THEIRS)}[trainer_name]
     sys.stdout = sys.stderr = io.StringIO()
-    warnings.simplefilter("ignore")
-    if kill_at_call is not None:
-        calls = iter(range(1, 10**9))
-        for name in ("save_file", "write_manifest", "write_json", "_sync_folder", "_remove", "prune"):
-            setattr(checkpoint, name, _deadly(getattr(checkpoint, name), calls, kill_at_call))
-    for _ in train(config):
-        pass
+    calls = iter(range(1, 10**9))
+    for holder, name in trainer.writes:
+        setattr(holder, name, _counted(getattr(holder, name), calls, plan))
+    if plan.get("root_obeys"):
+        obey_permissions()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.run(folder, plan)
+        except ValueError as error:
+            os._exit(REFUSED if plan.get("sentence", "") in str(error) else FAILED)
+        except Exception:
+            os._exit(FAILED)
+    if "count" in plan:
+        Path(plan["count"]).write_text(str(next(calls)))
+    damaged = plan.get("damaged")
+    os._exit(WARNED if damaged and any(damaged in str(warning.message) for warning in caught) else ENDED)
 
 
-def _deadly(function: Callable, calls, fatal: int) -> Callable:
-    """The function, dying before it at call `fatal` and after it at call `fatal` + 1 (both count)."""
+def _counted(function: Callable, calls: Iterator[int], plan: dict) -> Callable:
+    """The function, dying at call "kill_at_call" and failing for want of space at "full_at_call". Each counts as two calls,
+    before and after it."""
+
+    def strike():
+        number = next(calls)
+        if number == plan.get("kill_at_call"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == plan.get("full_at_call"):
+            raise OSError(28, "No space left on device")
 
     def wrapped(*args, **kwargs):
-        if next(calls) == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        strike()
         result = function(*args, **kwargs)
-        if next(calls) == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        strike()
         return result
 
     return wrapped
 
 
-def killed(config: RunConfig, start: Callable, **plan) -> bool:
-    """Run one session, killed by `plan`; whether it died of it."""
-    process = start(config, plan.get("kill_at_call"))
-    if "after" in plan:
-        process.join(plan["after"])
+def obey_permissions():
+    """Let the system refuse root what it refuses others: give up the two capabilities that override a file's permissions."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+
+
+class Sessions:
+    """Starts sessions in processes forked from one that has imported everything."""
+
+    def __init__(self):
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # or the server would not find this file
+        os.environ["PYTHONWARNINGS"] = "ignore"  # of locks that killed processes left
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["survival", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo"])
+
+    def __call__(self, trainer: Trainer, folder: Path, **plan: Any) -> int:
+        """How the session ended: one of the statuses above, or -SIGKILL. `after` kills it after so many seconds."""
+        process = self.context.Process(target=session, args=(trainer.name, folder, plan))
+        process.start()
+        process.join(plan.get("after"))
         if process.is_alive():
             process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
-
-
-def random_kills(folder: Path, start: Callable, kills: int, longest: float, name: str, expected: tuple) -> tuple[int, int]:
-    """(kills after which the run still ended right, kills): runs are killed again and again until they end."""
-    rng, right, done, runs = random.Random(0), 0, 0, 0
-    while done < kills:
-        config, times, runs = recipe(folder, f"{name}{runs}"), 0, runs + 1
-        while done + times < kills and killed(config, start, after=rng.uniform(0.05, longest)):
-            times += 1
-        killed(config, start)  # this time to its end
-        right += times if fingerprint(config.run_dir) == expected else 0
-        done += times
-        shutil.rmtree(config.run_dir)
-    return right, done
-
-
-def kills_in_saves(folder: Path, start: Callable, stages: int, expected: tuple) -> tuple[int, int]:
-    """A kill before and after each of the calls that write, flush, rename or prune, from the third save on."""
-    right = 0
-    for call in range(stages):
-        config = recipe(folder, f"stage{call}")
-        assert killed(config, start, kill_at_call=61 + call), "the run ended before that call"
-        killed(config, start)
-        right += fingerprint(config.run_dir) == expected
-        shutil.rmtree(config.run_dir)
-    return right, stages
+        process.join()
+        return process.exitcode
 
 
 # ---------------------------------------------------------------------------------------------------
-# Corruption and starvation
+# Rows: each returns (how many ended right, how many there were)
+
+
+def equals(trainer: Trainer, folder: Path, expected: Any) -> bool:
+    try:
+        return trainer.fingerprint(folder) == expected
+    except (OSError, ValueError, KeyError):  # it never came to its end
+        return False
+
+
+def random_kills(start: Sessions, trainer: Trainer, folder: Path, expected: Any, kills: int, longest: float) -> tuple[int, int]:
+    """Runs are killed again and again until they end; a kill counts as right if its run ended right."""
+    rng, right, done, runs = random.Random(0), 0, 0, 0
+    while done < kills:
+        run, times, runs = folder / f"random{runs}", 0, runs + 1
+        status = -signal.SIGKILL
+        while done + times < kills and status == -signal.SIGKILL:
+            status = start(trainer, run, after=rng.uniform(0.05, longest))
+            times += status == -signal.SIGKILL
+        start(trainer, run)  # to its end
+        right += times if equals(trainer, run, expected) else 0
+        done += times
+        shutil.rmtree(run, ignore_errors=True)
+    return right, done
+
+
+def middle_calls(start: Sessions, trainer: Trainer, folder: Path, stages: int) -> range:
+    """The numbers of so many calls (before and after each function that writes) from the middle of a run on."""
+    start(trainer, folder / "counted", count=str(folder / "count"))
+    first = int((folder / "count").read_text()) // 2
+    return range(first, first + stages)
+
+
+def kills_in_saves(start: Sessions, trainer: Trainer, folder: Path, expected: Any, calls: range) -> tuple[int, int]:
+    """A kill before and after each call that writes, flushes, renames or prunes."""
+    right = 0
+    for call in calls:
+        run = folder / f"stage{call}"
+        assert start(trainer, run, kill_at_call=call) == -signal.SIGKILL, "the run ended before that call"
+        start(trainer, run)
+        right += equals(trainer, run, expected)
+        shutil.rmtree(run)
+    return right, len(calls)
+
 
 DAMAGES = {
     "delete": lambda content, other: None,
@@ -126,56 +230,143 @@ DAMAGES = {
     "flip a bit": lambda content, other: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
     "zero a block": lambda content, other: content[: len(content) // 3] + bytes(16) + content[len(content) // 3 + 16 :],
     "swap": lambda content, other: other,
+    "grow": lambda content, other: content + content[:100],
 }
-FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-FILES += ["checkpoint.json", "training_state/optimizer.safetensors", "training_state/state.json"]
 
 
-def corruptions(run_dir: Path) -> tuple[int, int]:
-    """Each file of the newest checkpoint damaged in each way that changes it: was the step before it taken?"""
-    right = count = 0
-    steps = checkpoint.checkpoint_steps(run_dir)
-    newest, before = (run_dir / "checkpoints" / f"checkpoint_step_{step}" for step in (steps[-1], steps[-2]))
-    for file in FILES:
-        content, other = (newest / file).read_bytes(), (before / file).read_bytes()
-        for damage in DAMAGES.values():
-            damaged = damage(content, other)
-            if damaged == content:
-                continue  # both steps have the same tokenizer: a swap is no damage
-            (newest / file).unlink() if damaged is None else (newest / file).write_bytes(damaged)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                right += checkpoint.newest_good(run_dir, with_state=True) == before
-            count += 1
-            (newest / file).write_bytes(content)
-    return right, count
+def corruptions(start: Sessions, trainer: Trainer, folder: Path, expected: Any, damages: int | None) -> list[tuple[int, int]]:
+    """Each file of the newest checkpoint damaged in each way that changes it, and the run started again: how often that was
+    noticed (an error or a warning that names the checkpoint), and how often the run then ended right."""
+    noticed = right = count = 0
+    cut = folder / "cut"
+    start(trainer, cut, stop_at=CUT)
+    cases = [(file, damage) for damage in DAMAGES for file in trainer.files]
+    for file, damage in random.Random(1).sample(cases, len(cases) if damages is None else damages):
+        name = trainer.folder.format(CUT)
+        content, other = ((cut / trainer.folder.format(step) / file).read_bytes() for step in (CUT, CUT - SAVE_EVERY))
+        damaged = DAMAGES[damage](content, other)
+        if damaged == content:
+            continue  # both steps have the same tokenizer: a swap is no damage
+        shutil.move(cut, folder / "kept")
+        shutil.copytree(folder / "kept", cut)
+        (cut / name / file).unlink() if damaged is None else (cut / name / file).write_bytes(damaged)
+        status = start(trainer, cut, damaged=name)
+        noticed += status != ENDED
+        right += status != ENDED and equals(trainer, cut, expected)
+        count += 1
+        shutil.rmtree(cut)
+        shutil.move(folder / "kept", cut)
+    return [(noticed, count), (right, count)]
 
 
-def full_disks(folder: Path, expected: tuple) -> tuple[int, int]:
-    """Every call of a save fails once with "no space left": a clear error, earlier checkpoints whole, and an exact end."""
-    right = count = 0
-    names = ("save_file", "write_manifest", "write_json", "_sync_folder")
-    for name in names:
-        for nth in (1, 3):
-            config, real, calls = recipe(folder, f"full_{name}{nth}"), getattr(checkpoint, name), iter(range(1, 10**6))
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with its bytes and the time of its last change."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
-            def failing(*args, real=real, calls=calls, nth=nth, **kwargs):
-                if next(calls) == nth:
-                    raise OSError(28, "No space left on device")
-                return real(*args, **kwargs)
 
-            setattr(checkpoint, name, failing)
-            try:
-                list(train(config))
-                said = False
-            except ValueError as error:
-                said = "No space left on device" in str(error) and "Free some space" in str(error)
-            setattr(checkpoint, name, real)
-            list(train(config))
-            right += said and fingerprint(config.run_dir) == expected
-            count += 1
-            shutil.rmtree(config.run_dir)
-    return right, count
+def finished_runs(start: Sessions, trainer: Trainer, whole: Path) -> tuple[int, int]:
+    """A finished run started again, three times: not one byte may change."""
+    before, right = content(whole), 0
+    for _ in range(3):
+        start(trainer, whole)
+        right += content(whole) == before
+    return right, 3
+
+
+def poisoned(start: Sessions, trainer: Trainer, folder: Path) -> tuple[int, int]:
+    """A loss that is not a number, at three steps: the run must say so and leave a checkpoint whose weights are finite."""
+    right, steps = 0, (SAVE_EVERY + 1, 30, STEPS)
+    for step in steps:
+        run = folder / f"poison{step}"
+        said = start(trainer, run, poison=step) in (REFUSED, FAILED)
+        weights = [safetensors.safe_open(file, "pt") for file in run.rglob("model.safetensors")]
+        finite = [all(file.get_tensor(name).isfinite().all() for name in file.keys()) for file in weights]  # noqa: SIM118
+        right += said and any(finite)
+    return right, len(steps)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rows of lmlib alone
+
+
+def full_disks(start: Sessions, folder: Path, expected: Any, calls: range) -> tuple[int, int]:
+    """Each call of a save fails with "no space left": a clear error, and started again the run ends right."""
+    right = 0
+    for call in calls:
+        run = folder / f"full{call}"
+        said = start(OURS, run, full_at_call=call, sentence="another output_dir") == REFUSED
+        start(OURS, run)
+        right += said and equals(OURS, run, expected)
+        shutil.rmtree(run)
+    return right, len(calls)
+
+
+def small_disks(start: Sessions, folder: Path, expected: Any) -> tuple[int, int] | None:
+    """A real disk that fills up before a save, to the byte; None where none can be mounted (that takes root)."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+        return None
+    try:
+        shutil.copytree(folder / ".tokens", disk / ".tokens")
+        start(OURS, disk / "run", stop_at=CUT)
+        shutil.move(disk / "run", folder / "kept_disk")
+        save = sum(path.stat().st_size for path in folder.glob(f"kept_disk/checkpoints/checkpoint_step_{CUT}/**/*"))
+        right, rooms = 0, [0, save // 2, *(save + 4096 * pages for pages in range(-6, 14, 2))]
+        for room in rooms:
+            shutil.copytree(folder / "kept_disk", disk / "run")
+            (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
+            status = start(OURS, disk / "run", sentence="another output_dir")
+            (disk / "filler").unlink()
+            start(OURS, disk / "run")
+            right += status in (REFUSED, ENDED) and equals(OURS, disk / "run", expected)
+            shutil.rmtree(disk / "run")
+        return right, len(rooms)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def read_only(start: Sessions, folder: Path, whole: Path, expected: Any) -> tuple[int, int]:
+    """Folders and files that may not be written: a clear error and nothing changed; made writable, the run ends right."""
+    right = 0
+    places = [".", "checkpoints", f"checkpoints/checkpoint_step_{CUT}", "metrics.jsonl", "everything"]
+    for place in places:
+        run = folder / "locked" / "run"
+        shutil.copytree(folder / ".tokens", run.parent / ".tokens", dirs_exist_ok=True)
+        start(OURS, run, stop_at=CUT)
+        paths = [run, *run.rglob("*")] if place == "everything" else [run / place]
+        modes = {path: path.stat().st_mode for path in paths}
+        before = content(run)
+        for path in paths:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        status = start(OURS, run, root_obeys=True, sentence="run")
+        kept = content(run) == before or place not in (".", "everything")
+        for path, mode in modes.items():
+            path.chmod(mode)
+        start(OURS, run)
+        # a locked old checkpoint is in nobody's way; the rest must be refused
+        right += (status == REFUSED or place.endswith(str(CUT))) and kept and equals(OURS, run, expected)
+        shutil.rmtree(run.parent)
+    empty = folder / "empty"
+    empty.mkdir(mode=0o555)
+    right += start(OURS, empty / "run", root_obeys=True, sentence="cannot be used") == REFUSED and not list(empty.iterdir())
+    for path in (whole, *whole.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o555)
+    before = content(whole)
+    right += start(OURS, whole, root_obeys=True) == ENDED and content(whole) == before
+    for path in (whole, *whole.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+    return right, len(places) + 2
+
+
+def two_writers(start: Sessions, folder: Path, expected: Any) -> tuple[int, int]:
+    """A second process on a run's folder is refused with the first one's pid; a lock whose holder died is no obstacle."""
+    run = folder / "written"
+    with run_folder.one_writer(run):
+        refused = start(OURS, run, sentence=f"is being written by process {os.getpid()}") == REFUSED
+    assert (folder / ".locks" / "written.lock").exists()
+    start(OURS, run)
+    return int(refused) + int(equals(OURS, run, expected)), 2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -183,40 +374,70 @@ def full_disks(folder: Path, expected: tuple) -> tuple[int, int]:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--kills", type=int, default=200, help="random kills; half as many during resume")
-    options.add_argument("--stages", type=int, default=40, help="calls of a save to be killed at")
+    options.add_argument("--kills", type=int, default=200, help="random kills; half as many soon after starting again")
+    options.add_argument("--stages", type=int, default=40, help="calls of a save to be killed or starved at")
+    options.add_argument("--damages", type=int, help="corruptions, drawn from all; default: all")
+    options.add_argument("--texts", type=int, default=len(hostile.TEXTS), help="hostile texts")
+    options.add_argument("--alone", action="store_true", help="without transformers' Trainer")
+    options.add_argument("--browser", action="store_true", help="hostile texts in a real browser too (needs Chromium)")
     arguments = options.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lmlib.training", "transformers", "torch._dynamo"])
+    trainers = [OURS] if arguments.alone else [OURS, THEIRS]
+    table: dict[str, dict[str, tuple[int, int]]] = {}
+    calls: dict[str, range] = {}
 
-    def start(config: RunConfig, kill_at_call: int | None):
-        process = context.Process(target=session, args=(config, kill_at_call))
-        process.start()
-        return process
+    def row(what: str, trainer: Trainer, counts: tuple[int, int] | None):
+        if counts is not None:
+            table.setdefault(what, {})[trainer.name] = counts
+            print(f"{counts[0]:>4} of {counts[1]:>4}  {trainer.name}, {what}", file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
-        folder = Path(name)
-        whole = recipe(folder, "whole")
-        began = time.monotonic()
-        killed(whole, start)
-        length = time.monotonic() - began
-        began = time.monotonic()
-        again = recipe(folder, "again")
-        killed(again, start)
-        length = time.monotonic() - began
-        expected = fingerprint(whole.run_dir)
-        rows = [
-            ("the same run twice", int(fingerprint(again.run_dir) == expected), 1),
-            ("killed at random", *random_kills(folder, start, arguments.kills, length, "random", expected)),
-            ("killed soon after starting again", *random_kills(folder, start, arguments.kills // 2, 0.5, "early", expected)),
-            ("killed at each stage of a save", *kills_in_saves(folder, start, arguments.stages, expected)),
-            ("corrupted checkpoints found", *corruptions(whole.run_dir)),
-            ("disk full at each stage of a save", *full_disks(folder, expected)),
-        ]
-    print(f"| {'what happened':<36} | ended right | of |\n|{'-' * 38}|{'-' * 13}|{'-' * 5}|")
-    for what, right, count in rows:
-        print(f"| {what:<36} | {right:>11} | {count:>3} |")
-    sys.exit(any(right != count for _, right, count in rows))
+    start = Sessions()
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing that it wrote there
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        for trainer in trainers:
+            folder = Path(name, trainer.name)
+            folder.mkdir()
+            if trainer is THEIRS:
+                shutil.copytree(Path(name, "lmlib", "whole", OURS.folder.format(STEPS)), folder / "model")
+            start(trainer, folder / "warm")
+            began = time.monotonic()
+            start(trainer, folder / "whole")
+            length = time.monotonic() - began
+            expected = trainer.fingerprint(folder / "whole")
+            row("the same run twice", trainer, (int(trainer.fingerprint(folder / "warm") == expected), 1))
+            row("killed at random", trainer, random_kills(start, trainer, folder, expected, arguments.kills, length))
+            early = random_kills(start, trainer, folder, expected, arguments.kills // 2, 0.4 * length)
+            row("killed soon after starting again", trainer, early)
+            calls[trainer.name] = middle_calls(start, trainer, folder, arguments.stages)
+            in_saves = kills_in_saves(start, trainer, folder, expected, calls[trainer.name])
+            row("killed at each stage of a save", trainer, in_saves)
+            noticed, right = corruptions(start, trainer, folder, expected, arguments.damages)
+            row("corrupted checkpoints noticed", trainer, noticed)
+            row("runs that ended right behind a corrupted checkpoint", trainer, right)
+            row("a finished run started again", trainer, finished_runs(start, trainer, folder / "whole"))
+            row("a loss that is not a number", trainer, poisoned(start, trainer, folder))
+        folder, whole = Path(name, "lmlib"), Path(name, "lmlib", "whole")
+        expected = OURS.fingerprint(whole)
+        row("disk full at each stage of a save", OURS, full_disks(start, folder, expected, calls["lmlib"]))
+        row("a small disk that fills up", OURS, small_disks(start, folder, expected))
+        row("folders and files that may not be written", OURS, read_only(start, folder, whole, expected))
+        row("a second writer; a lock left behind", OURS, two_writers(start, folder, expected))
+        files = [hostile.refused(file, folder) for file in hostile.PARAMETER_FILES]
+        row("hostile parameter files", OURS, (sum(files), len(files)))
+        texts = hostile.stay_text(hostile.TEXTS[: arguments.texts], folder)
+        row("hostile texts in every page", OURS, (sum(texts), len(texts)))
+        if arguments.browser:
+            import browser
+
+            (folder / "browser").mkdir()
+            with browser.chromium() as chromium, contextlib.redirect_stdout(io.StringIO()):
+                ran = browser.texts_that_ran(folder / "browser", chromium)
+            row("hostile texts in a real browser", OURS, (len(browser.HOSTILE) - len(ran), len(browser.HOSTILE)))
+
+    names = [trainer.name for trainer in trainers]
+    print(f"| what happened | {' | '.join(f'{name}, ended right' for name in names)} |\n|{'---|' * (1 + len(names))}")
+    for what, counts in table.items():
+        print(f"| {what} | {' | '.join(f'{counts[n][0]} of {counts[n][1]}' if n in counts else '' for n in names)} |")
+    sys.exit(any(counts["lmlib"][0] != counts["lmlib"][1] for counts in table.values()))
 
 
 if __name__ == "__main__":

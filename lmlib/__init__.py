@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "RunConfig": "config",
+    "printable": "config",
     "LanguageModel": "model",
     "train": "training",
     "load": "checkpoint",

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, read_parameters, resolve_path
+from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, printable, read_parameters, resolve_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,13 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped}" if str(stopped) else "\nInterrupted.", file=sys.stderr)
+        print("\n" + (printable(str(stopped)) or "Interrupted."), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {printable(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -126,7 +126,7 @@ def notebook(options: argparse.Namespace):
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
     except papermill.PapermillExecutionError as error:
-        print(f"{error.ename}: {error.evalue}\nThe notebook so far: {executed}", file=sys.stderr)
+        print(f"{error.ename}: {printable(error.evalue)}\nThe notebook so far: {executed}", file=sys.stderr)
         return 130 if error.ename == "Stopped" else 1
     except DeadKernelError:
         print(f"The notebook's kernel died (out of memory?). Start again to go on. So far: {executed}", file=sys.stderr)
@@ -188,12 +188,7 @@ def _interact(run: str, model: Any, tokenizer: Any, settings: dict[str, Any]) ->
         except KeyboardInterrupt:
             print("\n(stopped)")
         except ValueError as error:
-            print(f"Error: {error}")
-
-
-def printable(text: str) -> str:
-    """Text from a model, safe for a terminal: control characters become visible instead of acting."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+            print(f"Error: {printable(str(error))}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -210,16 +205,22 @@ def checkpoints(options: argparse.Namespace):
 def _print_checkpoints(run_dir: Path):
     from lmlib import checkpoint
 
-    steps = checkpoint.checkpoint_steps(run_dir)
+    steps, manifests, failures = checkpoint.checkpoint_steps(run_dir), {}, {}
     for step in steps:
-        folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
-            manifest = checkpoint.verify(folder)
-            state = "  (can be continued)" if (folder / "training_state").is_dir() else ""
-            score = f"{manifest['val_loss']:.4f} (of step {manifest['val_loss_step']})"
-            print(f"step {step:>7}  held-out loss {score}  {manifest['timestamp']}{state}")
+            manifests[step] = checkpoint.verify(run_dir / "checkpoints" / f"checkpoint_step_{step}")
         except ValueError as error:
-            print(f"step {step:>7}  {error}")
+            failures[step] = error
+    best = min(manifests, key=lambda step: manifests[step]["val_loss"], default=None)
+    for step in steps:
+        if step in failures:
+            print(f"step {step:>7}  {printable(str(failures[step]))}")
+            continue
+        manifest = manifests[step]
+        line = f"step {step:>7}  held-out loss {manifest['val_loss']:.4f} (of step {manifest['val_loss_step']})"
+        line += "  best" if step == best else "      "
+        resumable = (run_dir / "checkpoints" / f"checkpoint_step_{step}" / "training_state").is_dir()
+        print(f"{line}  {printable(str(manifest['timestamp']))}{'  (can be continued)' if resumable else ''}")
     if not steps:
         print(f"{run_dir} has no checkpoint yet.")
 
@@ -234,7 +235,9 @@ def runs(options: argparse.Namespace):
         best = frame["val_loss"].min() if "val_loss" in frame else None
         state = "finished" if (run_dir / "results.json").exists() else "unfinished"
         step = int(frame["step"].max()) if len(frame) else 0
-        print(f"{run_dir.name:<24} {state:<11} step {step:>7}  best held-out loss {'-' if best is None else f'{best:.4f}'}")
+        print(
+            f"{printable(run_dir.name):<24} {state:<11} step {step:>7}  best held-out loss {'-' if best is None else f'{best:.4f}'}"
+        )
     if not found:
         print(f"There is no run in {folder}.")
 

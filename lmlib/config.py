@@ -6,6 +6,7 @@ The defaults are the quickstart recipe. The notebook's parameters cell repeats t
 import difflib
 import re
 import types
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -139,6 +140,18 @@ def resolve_path(path: str | Path) -> Path:
 def shown(path: Path) -> str:
     """`path` as a reader of a notebook or terminal wants it: from the project's root where it lies inside."""
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
+
+
+def printable(text: str) -> str:
+    """Text from a model, corpus or file name, safe for a terminal: what would act on it is shown as its number instead
+    (control characters and line separators, escape sequences, half surrogates, marks that turn the writing direction)."""
+    hidden = {"Cc", "Cs", "Zl", "Zp"}
+    turning = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+    def acts(c: str) -> bool:
+        return c not in "\n\t" and (unicodedata.category(c) in hidden or c in turning)
+
+    return "".join(f"\\x{ord(c):02x}" if acts(c) else c for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:
     """UTF-8 bytes of the text each token stands for, 0 for special tokens and unused rows: (vocab_size,) int64."""
     sizes = torch.zeros(vocab_size, dtype=torch.int64)
     special = set(tokenizer.all_special_ids)
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    decoder = tokenizer.backend_tokenizer.decoder
+    byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
     anchor = tokenizer.convert_ids_to_tokens(next(i for i in range(len(tokenizer)) if i not in special))
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
         if i in special or token is None:

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,9 @@ def panel_lines(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
 def _line(rows: pd.DataFrame, column: str, name: str, bold: bool, error: str | None = None) -> dict[str, Any]:
     """One line, without points where the rows have no such column, so that a chart keeps its lines from the start."""
     rows = rows if column in rows else rows.iloc[:0]
+    values = pd.to_numeric(rows[column], errors="coerce").tolist() if len(rows) else []
     return {
-        **{"name": name, "x": rows["step"].tolist(), "y": rows[column].tolist() if len(rows) else [], "bold": bold},
+        **{"name": name, "x": rows["step"].tolist(), "y": values, "bold": bold},
         **{"error": rows[error].tolist() if error in rows else None, "held_out": name == "held-out"},
     }
 
@@ -204,9 +206,12 @@ def curves_png(frame: pd.DataFrame) -> bytes:
         axis.grid(alpha=0.3)
         axis.set_xlabel("step")
     if runs:
-        axes.flat[0].legend(fontsize=8, frameon=False)
+        for text in axes.flat[0].legend(fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)  # a run's name may hold dollars
     png = io.BytesIO()
-    figure.savefig(png)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(png)
     return png.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ class Meter:
         self.device = next(model.parameters()).device
         self.total_steps, self.batch_tokens = total_steps, batch_tokens
         self.flops_per_token = flops_per_token(model)
-        self.peak = matmul_peak(self.device, dtype)
+        self.dtype = dtype
         self.seconds_before = before.get("seconds", 0.0)
         self.update_seconds, self.updates = before.get("update_seconds", 0.0), before.get("updates", 0)
         self.logged = self.update_seconds, self.updates
         self.began = time.perf_counter()
+
+    @cached_property
+    def peak(self) -> float:
+        """Measured when it is first asked for, so that going on does not wait for it."""
+        return matmul_peak(self.device, self.dtype)
 
     def start_update(self):
         self.update_began = time.perf_counter()

@@ -1,8 +1,9 @@
 """Parameters: what is accepted, what is refused, and how it is said."""
 
+import hostile
 import pytest
 
-from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, read_parameters
+from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, printable, read_parameters
 
 
 def test_every_mistake_is_listed_at_once_with_the_nearest_name():
@@ -56,31 +57,26 @@ def test_parameters_that_the_attention_does_not_use_are_ignored():
     assert RunConfig(attention="mla", hidden_size=100, num_attention_heads=3).num_attention_heads == 3
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "import os; os.system('x'): 1",
-        '"total_steps\\nimport os": 1',
-        "seed: !!python/object/apply:os.system ['true']",
-        "corpus: !!binary aGVsbG8=",
-        "corpus: [a, b]",
-        "corpus: {a: b}",
-        "run_name: 2026-01-01",
-        "1: 2",
-        "- a\n- b",
-        "just text",
-        "seed: 1\nseed: 2",
-        "? [a]\n: 1",
-        "corpus: |\n  a\n  import os",
-        "seed: [" * 1000,
-        "a: &a [*a]",
-    ],
-)
-def test_hostile_parameter_files_are_refused(tmp_path, text):
+@pytest.mark.parametrize("name", hostile.PARAMETER_FILES)
+def test_hostile_parameter_files_are_refused_and_run_nothing(tmp_path, name):
+    assert hostile.refused(name, tmp_path)
+
+
+def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
     file = tmp_path / "p.yaml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="p.yaml"):
+    file.write_text("seed: 1\nseed: 2")
+    with pytest.raises(ValueError, match="p.yaml is not valid YAML: given twice: seed"):
         read_parameters(file)
+    file.write_text('"x; import os": 1\ncorpus: [a]')
+    with pytest.raises(ValueError, match="(?s)p.yaml cannot be used.*not a parameter's name.*corpus is a list"):
+        read_parameters(file)
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred\x1b[0m", "\x07\r\x08", "\x9b31m", "\u202eexe.\u2066x", "\ud800", "a\u2028b"])
+def test_what_would_act_on_a_terminal_is_shown_as_its_number(text):
+    assert printable(text).isprintable()
+    for plain in ("plain\ntext\twith ünï🐎", "👩\u200d🚀 \xa0 שלום"):
+        assert printable(plain) == plain
 
 
 def test_a_missing_recipe_lists_those_there_are():

@@ -6,7 +6,6 @@ import sys
 import time
 
 import nbformat
-import pytest
 
 from lmlib.config import PROJECT_ROOT
 
@@ -88,11 +87,3 @@ def test_checkpoints(trained, tmp_path):
     assert [line.split()[1] for line in out.splitlines()] == ["5", "10", "15", "20"]
     assert out.count("can be continued") == 2
     assert "There is no run" in lmlib("checkpoints", tmp_path / "nothing", check=1)
-
-
-@pytest.mark.parametrize("text", ["\x1b[31mred\x1b[0m", "\x07\r\x08", "\x9b31m"])
-def test_control_characters_from_a_model_are_shown_not_obeyed(text):
-    from lmlib.__main__ import printable
-
-    assert printable(text).isprintable()
-    assert printable("plain\ntext\twith ünï🐎") == "plain\ntext\twith ünï🐎"
