@@ -235,9 +235,8 @@ def runs(options: argparse.Namespace):
         best = frame["val_loss"].min() if "val_loss" in frame else None
         state = "finished" if (run_dir / "results.json").exists() else "unfinished"
         step = int(frame["step"].max()) if len(frame) else 0
-        print(
-            f"{printable(run_dir.name):<24} {state:<11} step {step:>7}  best held-out loss {'-' if best is None else f'{best:.4f}'}"
-        )
+        score = "-" if best is None else f"{best:.4f}"
+        print(f"{printable(run_dir.name):<24} {state:<11} step {step:>7}  best held-out loss {score}")
     if not found:
         print(f"There is no run in {folder}.")
 
