@@ -236,8 +236,9 @@ DAMAGES = {
 
 def corruptions(start: Sessions, trainer: Trainer, folder: Path, expected: Any, damages: int | None) -> list[tuple[int, int]]:
     """Each file of the newest checkpoint damaged in each way that changes it, and the run started again: how often that was
-    noticed (an error or a warning that names the checkpoint), and how often the run then ended right."""
-    noticed = right = count = 0
+    noticed (an error or a warning that names the checkpoint); how often it was, or changed nothing; how often the run then
+    ended right."""
+    noticed = harmless = right = count = 0
     cut = folder / "cut"
     start(trainer, cut, stop_at=CUT)
     cases = [(file, damage) for damage in DAMAGES for file in trainer.files]
@@ -251,12 +252,14 @@ def corruptions(start: Sessions, trainer: Trainer, folder: Path, expected: Any, 
         shutil.copytree(folder / "kept", cut)
         (cut / name / file).unlink() if damaged is None else (cut / name / file).write_bytes(damaged)
         status = start(trainer, cut, damaged=name)
+        same = equals(trainer, cut, expected)
         noticed += status != ENDED
-        right += status != ENDED and equals(trainer, cut, expected)
+        harmless += status != ENDED or same
+        right += same
         count += 1
         shutil.rmtree(cut)
         shutil.move(folder / "kept", cut)
-    return [(noticed, count), (right, count)]
+    return [(noticed, count), (harmless, count), (right, count)]
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -410,9 +413,10 @@ def main():
             calls[trainer.name] = middle_calls(start, trainer, folder, arguments.stages)
             in_saves = kills_in_saves(start, trainer, folder, expected, calls[trainer.name])
             row("killed at each stage of a save", trainer, in_saves)
-            noticed, right = corruptions(start, trainer, folder, expected, arguments.damages)
-            row("corrupted checkpoints noticed", trainer, noticed)
-            row("runs that ended right behind a corrupted checkpoint", trainer, right)
+            noticed, harmless, right = corruptions(start, trainer, folder, expected, arguments.damages)
+            row("corrupted checkpoints: noticed", trainer, noticed)
+            row("corrupted checkpoints: no other result in silence", trainer, harmless)
+            row("corrupted checkpoints: the run ended right all the same", trainer, right)
             row("a finished run started again", trainer, finished_runs(start, trainer, folder / "whole"))
             row("a loss that is not a number", trainer, poisoned(start, trainer, folder))
         folder, whole = Path(name, "lmlib"), Path(name, "lmlib", "whole")

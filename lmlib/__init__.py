@@ -17,6 +17,7 @@ _MODULES = [
     "config",
     "corpus",
     "data",
+    "attention",
     "model",
     "optim",
     "meter",

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from lmlib.attention import causal_attention
 from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.model import HeadLoss, LanguageModel, causal_attention, flops_per_token, parameter_count
+from lmlib.model import HeadLoss, LanguageModel, flops_per_token, parameter_count
 from lmlib.pretrained import stock_config
 
 SHAPE = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 80}
