@@ -26,6 +26,20 @@ class RMSNorm(nn.Module):
         return self.weight * normalised.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear with a quicker path for the one row of a decoding step on a CPU: as a batch of smaller products it
+    uses every core, where the library's product of a matrix and a vector uses one."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        parts = 4
+        if x.numel() > x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled() or self.out_features % parts:
+            return super().forward(x)
+        blocks = self.weight.view(parts, -1, self.in_features)
+        column = x.reshape(1, -1).T  # its strides choose the kernel: as view(-1, 1) it is four times slower
+        y = torch.bmm(blocks, column.expand(parts, -1, 1)).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Cache:
     """What a model remembers of the tokens it has read: `width` numbers a token a layer, which the attention decides.
 
@@ -91,15 +105,15 @@ class LatentAttention(nn.Module):
         self.config, bias = config, config.attention_bias
         heads, head_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, heads * head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0
@@ -151,7 +165,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.config = config
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias))
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias))
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0

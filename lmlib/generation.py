@@ -251,7 +251,8 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]], settings: Setting
             logits = penalised(logits, seen, settings.repetition_penalty)
             token = choose(logits, chance, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
             yield token
-            model.eval()
+            if model.training:  # somebody trained it meanwhile
+                model.eval()
             seen.scatter_(1, token[:, None], True)
             for ids, new in zip(rows, token.tolist(), strict=True):
                 ids.append(new)
@@ -264,7 +265,7 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]], settings: Setting
         model.train(was_training)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Cache]:
     """Read prompts: the logits (B, V) behind each one's last token, and a cache with room for the model's window."""
     longest, weight = max(map(len, rows)), model.lm_head.weight
@@ -276,7 +277,7 @@ def prefill(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Cache]
     return model.lm_head(hidden), cache
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: LanguageModel, token: Tensor, cache: Cache) -> Tensor:
     """One token of each row, (B,), read behind what the cache remembers: the logits (B, V) of the next."""
     return model.lm_head(model.model(token[:, None], cache)[:, -1])
