@@ -1,7 +1,8 @@
 """Tokens a second of decoding beside stock transformers, on the same weights in one process: `python benchmarks/generate.py`.
 
-Both write greedily behind the same context, one prompt or eight; prefill is left out. The share of the memory-bandwidth bound
-is the time that reading the weights and the cache once would take, at the speed of reading a large tensor here, over the time taken.
+Both write greedily behind the same context, one prompt or eight; prefill is left out. The share of the memory-bandwidth
+bound is the time that reading the weights and the cache once would take, as fast as a large tensor is read here, over the
+time taken.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 
-from lmlib import figures
+from lmlib import figures, shading
 from lmlib.config import RunConfig, parse_overrides, printable
 
 # ---------------------------------------------------------------------------------------------------
@@ -160,12 +160,17 @@ def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
         nbformat.v4.new_output("stream", text=printable(text)),
         nbformat.v4.new_output("execute_result", data={"text/html": frame.to_html(), "text/plain": printable(text)}),
     ]
+    token = shading.Token(text, 0.5, 1, [(text, 0.5)])
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=outputs)])
     return {
         "records": frame.to_html(),
         "scores": figures.results_table([run_dir]).to_html(),
         "curves": figures.training_curves(frame).to_html(include_plotlyjs=False, div_id="x"),
         "exported notebook": exporter.from_notebook_node(book)[0],
+        "tokens": shading.shade(text, [token]),
+        "difference": shading.shade_difference(text, [token], [token], (text, text)),
+        "side by side": shading.cards([(text, text, text)]),
+        "grid": shading.grid([text], [(text, [text])]),
     }
 
 

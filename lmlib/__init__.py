@@ -30,6 +30,7 @@ _MODULES = [
     "training",
     "figures",
     "widgets",
+    "terminal",
 ]
 
 __all__ = sorted(_HOME)

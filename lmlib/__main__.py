@@ -28,6 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+# generation.Settings, as text: naming them here keeps --help free of torch
+SETTINGS = {
+    **{"max_new_tokens": "100", "temperature": "0.8", "top_k": "50", "top_p": "0.95", "seed": "0", "min_p": "none"},
+    **{"repetition_penalty": "1.0", "stop_strings": "none", "ignore_eos": "false", "past_window": "slide"},
+}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m lmlib", description="Train, watch and use small language models.")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -49,23 +56,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run", help="a run's folder, a checkpoint, or a Hugging Face folder")
     command.add_argument("--step", type=int, help="which checkpoint (the newest)")
     command.add_argument("--mode", choices=("interactive", "batch"), default="interactive")
-    command.add_argument("--prompts", nargs="+", default=[], help="prompts of batch mode")
-    for name, kind, default in SETTINGS:
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"({default})")
+    command.add_argument("--prompts", nargs="+", default=[], help="prompts of batch mode; - reads lines of standard input")
+    command.add_argument("--prompts-file", metavar="FILE", help="a prompt a line; - for standard input")
+    command.add_argument("--output", metavar="FILE", help="where batch mode writes (standard output)")
+    command.add_argument("--format", choices=("text", "jsonl"), help="of batch mode (text; jsonl if the output's name says so)")
+    for name, default in SETTINGS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"({default})")
 
     add("checkpoints", checkpoints, "list a run's checkpoints").add_argument("run")
     add("runs", runs, "list the runs").add_argument("output_dir", nargs="?", default="outputs")
     add("stop", stop, "ask a run to save and stop, from anywhere").add_argument("run")
     return top
-
-
-SETTINGS = [
-    ("max_new_tokens", int, 100),
-    ("temperature", float, 0.8),
-    ("top_k", int, 50),
-    ("top_p", float, 0.95),
-    ("seed", int, 0),
-]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,53 +143,12 @@ def notebook(options: argparse.Namespace):
 
 
 def generate(options: argparse.Namespace) -> int:
-    from lmlib import checkpoint, generation
+    from lmlib import terminal
 
-    settings = {name: getattr(options, name) for name, _, _ in SETTINGS}
-    if options.mode == "batch" and not options.prompts:
-        raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time"')
-    model, tokenizer = checkpoint.load(options.run, options.step)
-    generation.check_settings(model.config.vocab_size, **settings)
-    if options.mode == "interactive":
-        return _interact(options.run, model, tokenizer, settings)
-    for prompt in options.prompts:
-        print(f"🎯 Prompt: {prompt}\n🤖 Generated: {prompt}", end="")
-        for piece in generation.stream(model, tokenizer, prompt, **settings):
-            print(printable(piece), end="", flush=True)
-        print("\n")
-    return 0
-
-
-def _interact(run: str, model: Any, tokenizer: Any, settings: dict[str, Any]) -> int:
-    from lmlib import checkpoint, generation
-
-    print("Type a prompt. Also: checkpoints, load <step>, params, quit.")
-    while True:
-        try:
-            line = input("🎯 Prompt: ")
-        except EOFError:
-            print()
-            return 0
-        try:
-            match line.split():
-                case ["quit" | "exit"]:
-                    return 0
-                case ["checkpoints"]:
-                    _print_checkpoints(resolve_path(run))
-                case ["load", step] if step.isdecimal():
-                    model, tokenizer = checkpoint.load(run, int(step))
-                    print(f"Loaded step {step}.")
-                case ["params"]:
-                    print("\n".join(f"{name}: {value}" for name, value in settings.items()))
-                case _:
-                    print(f"🤖 Generated: {line}", end="")
-                    for piece in generation.stream(model, tokenizer, line, **settings):
-                        print(printable(piece), end="", flush=True)
-                    print("\n")
-        except KeyboardInterrupt:
-            print("\n(stopped)")
-        except ValueError as error:
-            print(f"Error: {printable(str(error))}")
+    settings = terminal.given_settings(options)
+    if options.mode == "batch":
+        return terminal.batch(options, settings)
+    return terminal.interact(options.run, options.step, settings, _print_checkpoints)
 
 
 # ---------------------------------------------------------------------------------------------------

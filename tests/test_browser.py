@@ -81,6 +81,92 @@ def test_the_others_show_what_they_are_for(browser, lab, name, words):
     page.close()
 
 
+def test_the_playground_writes_stops_continues_and_compares(browser, lab):
+    """Sliders by keyboard and mouse, every button, and what goes wrong said where the person is looking."""
+    page = opened(browser, lab, "generate")
+    run_all(page)
+    all_ran(page, cell_count("generate"))
+    status, text = page.locator("[role=status]"), page.locator(".lmlib-text").first
+    button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
+
+    def slider(name):
+        return page.locator(".widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
+
+    def done():
+        page.wait_for_function(
+            "/reached|ended it|stop string|full|likelier/.test(document.querySelector('[role=status]').textContent)"
+        )
+
+    button("Generate").click()
+    done()
+    assert "100 tokens" in status.inner_text() and text.inner_text().startswith("**HAMLET**")
+    first = text.inner_text()
+    assert page.locator(".lmlib-text .token").count() >= 60
+    page.locator(".lmlib-text .token").nth(3).hover()
+    assert "rank" in page.locator(".lmlib-text .token").nth(3).get_attribute("data-tip")
+    page.screenshot(path=SCREENSHOTS / "playground_hover.png")
+
+    handle = slider("temperature").locator(".noUi-handle")
+    handle.focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowLeft")
+    assert slider("temperature").locator(".widget-readout").inner_text() == "0.00"
+    box = slider("length").locator(".noUi-handle").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 30, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    length = int(slider("length").locator(".widget-readout").inner_text())
+    assert length < 100
+    button("Generate").click()
+    page.wait_for_function(f"document.querySelector('[role=status]').textContent.includes('{length} tokens')")
+    assert text.inner_text() != first
+    greedy = text.inner_text()
+
+    checkpoints = slider("checkpoint")
+    assert checkpoints.locator(".widget-readout").inner_text() == "step 20"
+    checkpoints.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("[...document.querySelectorAll('.widget-readout')].some(e => e.textContent === 'step 15')")
+    button("Generate").click()
+    done()
+    page.wait_for_function(
+        "t => document.querySelector('.lmlib-text').innerText !== t", arg=greedy
+    )  # another checkpoint writes something else
+    button("Continue").click()
+    page.wait_for_function(f"document.querySelector('.lmlib-text').textContent.length > {len(text.inner_text()) + 5}")
+    button("Another seed").click()
+    done()
+
+    area = page.locator(".jp-OutputArea textarea").first
+    area.fill("x " * 60000)
+    button("Generate").click()
+    page.wait_for_function("document.querySelector('[role=status]').textContent.includes('shorten the prompt')")
+    area.fill("<img src=x onerror=alert(1)>")
+    button("Generate").click()
+    done()
+    assert "<img src=x" in text.inner_text()
+
+    page.get_by_role("tab", name="Side by side").click()
+    button("Add these settings").click()
+    button("Add these settings").click()
+    button("Write all").click()
+    done()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SCREENSHOTS / "playground_beside.png")
+    page.get_by_role("tab", name="Grid").click()
+    button("Fill the grid").click()
+    page.wait_for_function("document.querySelectorAll('td .lmlib-text').length === 8")
+    done()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SCREENSHOTS / "playground_grid.png")
+    page.get_by_role("tab", name="Difference").click()
+    button("Compare").click()
+    page.wait_for_function("document.querySelector('[role=status]').textContent.includes('likelier')")
+    page.screenshot(path=SCREENSHOTS / "playground_difference.png")
+    page.close()
+
+
 def test_the_saved_page_of_curves_opens_without_a_network(browser, trained):
     from lmlib.figures import save_curves
 

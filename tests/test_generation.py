@@ -3,10 +3,16 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import lmlib
 from lmlib import generation
+from lmlib.attention import Cache
 from lmlib.generation import choose
 
 
@@ -25,18 +31,107 @@ def test_greedy_ids_are_those_of_stock_generate(loaded, trained):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.7), (20, 0.5), (1, 1.0), (None, 0.01)])
-def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(5, None, None), (None, 0.7, None), (20, 0.5, None), (1, 1.0, None), (None, 0.01, None), (None, None, 0.1), (9, 0.8, 0.2)],
+)
+def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p, min_p):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 3
     scores = logits / 0.7
-    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p else []):
+    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    for warper in warpers:
         scores = warper(None, scores)
     expected = scores.softmax(-1)[0]
     draws = 4000
     counts = torch.zeros(40)
     for number in range(draws):
-        counts[choose(logits, (number + 0.5) / draws, 0.7, top_k, top_p)] += 1
+        counts[choose(logits, (number + 0.5) / draws, 0.7, top_k, top_p, min_p)] += 1
     assert torch.allclose(counts / draws, expected, atol=2 / draws)
+
+
+def test_tokens_as_likely_as_the_last_of_top_k_stay():
+    """As in transformers, which compares with the k-th score."""
+    logits = torch.tensor([[1.0, 0.0, 1.0, 1.0, -1.0]])
+    picked = {int(choose(logits, chance, 1.0, 2, None)) for chance in (0.1, 0.5, 0.9)}
+    assert picked == {0, 2, 3}
+
+
+def test_the_repetition_penalty_is_transformers():
+    logits, ids = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 2, 2], [5, 6, 7]])
+    seen = torch.zeros(2, 40, dtype=torch.bool).scatter_(1, ids, True)
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
+    assert torch.equal(generation.penalised(logits, seen, 1.3), theirs)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_alone(loaded, trained, penalty):
+    model, tokenizer = loaded
+    stock = AutoModelForCausalLM.from_pretrained(trained.run_dir / "checkpoints" / "checkpoint_step_20")
+    prompts = ["To be, or not to be, that is the question", "My", "Once upon a time"]
+    settings = GenerationConfig(
+        **{"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0},
+        repetition_penalty=penalty,
+    )
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    *_, ours = generation.write(
+        model, tokenizer, ids, generation.Settings(25, 0, repetition_penalty=penalty, ignore_eos=True), as_text=False
+    )
+    for row, text in zip(ids, ours, strict=True):
+        row = torch.tensor([row])
+        theirs = stock.generate(row, generation_config=settings, attention_mask=torch.ones_like(row))[0, row.shape[1] :]
+        assert text.ids == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"q_lora_rank": 24, "rope_interleave": False}, {"qk_nope_head_dim": 0}, {"attention": "mha"}]
+)
+def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
+    """In float64: rows of different lengths, tokens one by one and in pieces."""
+    model = lmlib.LanguageModel(smoke(**shape)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in (3, 9, 1, 5)]
+    logits, cache = generation.prefill(model, rows)
+    for _ in range(6):
+        for row, ours in zip(rows, logits, strict=True):
+            assert torch.allclose(ours, model(torch.tensor([row]))[0, -1], rtol=0, atol=1e-12)
+        token = torch.randint(0, 512, (4,), generator=generator)
+        for row, new in zip(rows, token.tolist(), strict=True):
+            row.append(new)
+        logits = generation.decode(model, token, cache)
+    ids = torch.randint(0, 512, (2, 30), generator=generator)
+    cache = Cache(model.config, 2, 40, like=model.lm_head.weight)
+    with torch.no_grad():
+        pieces = [model(piece, cache) for piece in ids.split((7, 12, 1, 10), dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-12)
+
+
+def test_the_cache_holds_the_latent_numbers_alone(loaded):
+    model = loaded[0]
+    _, cache = generation.prefill(model, [[1, 2, 3]])
+    c = model.config
+    assert cache.memory.shape[-1] == c.kv_lora_rank + c.qk_rope_head_dim
+
+
+def test_a_stop_string_ends_the_text_behind_it(loaded):
+    free = lmlib.generate(*loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True)[0]
+    stop = free[10:13]
+    text = lmlib.generate(*loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True, stop_strings=stop)[0]
+    assert text == free[: free.index(stop) + 3]
+    assert "".join(lmlib.stream(*loaded, "To be", 40, seed=5, ignore_eos=True, stop_strings=[stop, "never"])) == text
+
+
+def test_past_the_window_a_text_slides_or_stops(loaded):
+    model, tokenizer = loaded
+    ids, window = torch.tensor([[5, 6, 7], [8, 9, 10]]), model.config.sequence_length
+    stopped = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True, past_window="stop")
+    slid = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True)
+    assert stopped.shape == (2, window - 3) and torch.equal(slid[:, : window - 3], stopped)
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(loaded):
@@ -105,6 +200,10 @@ def test_the_model_stays_in_its_mode(loaded):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"seed": -5}, "seed is -5"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"stop_strings": [""]}, "none of them empty"),
+        ({"past_window": "jump"}, "write 'slide' or 'stop'"),
     ],
 )
 def test_settings_out_of_range_are_named(loaded, settings, sentence):

@@ -1,11 +1,13 @@
 """python -m lmlib: the commands as typed."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 
 import nbformat
+import pexpect
 
 from lmlib.config import PROJECT_ROOT
 
@@ -87,3 +89,70 @@ def test_checkpoints(trained, tmp_path):
     assert [line.split()[1] for line in out.splitlines()] == ["5", "10", "15", "20"]
     assert out.count("can be continued") == 2
     assert "There is no run" in lmlib("checkpoints", tmp_path / "nothing", check=1)
+
+
+def test_a_batch_reads_prompts_from_anywhere_and_writes_json_lines(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("My lord\n\nOnce \x1b[31mupon\n")
+    command = ["generate", trained.run_dir, "--mode", "batch", "--prompts", "Hello", "-"]
+    command += ["--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", 5, "--output", tmp_path / "out.jsonl"]
+    lmlib(*command, text="from here\nand here\n")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Hello", "from here", "and here", "My lord", "Once \x1b[31mupon"]
+    assert all(line["tokens"] == 5 and line["ended_by"] == "length" and line["text"] for line in lines)
+    out = lmlib("generate", trained.run_dir, "--mode", "batch", "--prompts", "Once \x1b[31mupon", "--step", 10)
+    assert "\x1b" not in out and "🎯 Prompt: Once \\x1b[31mupon" in out
+    assert "temperature is 'hot'" in lmlib(*command[:6], "--temperature", "hot", check=1)
+    assert "prompt 2: The prompt has" in lmlib(*command[:6], "word " * 200, check=1)
+    assert "batch mode needs prompts" in lmlib(*command[:4], check=1)
+
+
+def test_the_options_are_the_settings_of_generation():
+    from dataclasses import asdict
+
+    from lmlib.__main__ import SETTINGS
+    from lmlib.generation import Settings
+    from lmlib.terminal import shown_setting
+
+    assert {name: shown_setting(value) for name, value in asdict(Settings()).items()} == SETTINGS
+
+
+def test_a_session_in_a_real_terminal(trained):
+    """Through a pseudo-terminal: editing, history, Ctrl-C, settings, checkpoints, mistakes."""
+    child = pexpect.spawn(
+        sys.executable, ["-m", "lmlib", "generate", str(trained.run_dir)], cwd=str(PROJECT_ROOT), encoding="utf-8", timeout=60
+    )
+    child.expect("Prompt: ")
+
+    def say(line: str, *answers: str):
+        child.sendline(line)
+        for answer in answers:
+            child.expect_exact(answer)
+        child.expect("Prompt: ")
+
+    say("To be", "Generated: To be", "100 tokens", "past the model's window, it saw only the last 64 tokens")
+    say("set max_new_tokens 5", "max_new_tokens 5")
+    say("\x1b[A\x1b[A", "Generated: To be", "5 tokens")  # two lines up in the history
+    say("To bx\x7fe", "Generated: To be")  # a key undone
+    say("set temperature -1", "Error: temperature is -1")
+    say("set warmth 1", "Error: there is no setting warmth; there are max_new_tokens, temperature")
+    say("params", "max_new_tokens 5", "temperature 0.8")
+    say("load 10", "Loaded step 10.")
+    say("load 7", "Error:", "has no checkpoint of step 7; it has: 5, 10, 15, 20")
+    say("checkpoints", "step      20", "best")
+    say("again", "(seed 1)", "5 tokens")
+    say("", "Generated: ", "5 tokens")
+    say("<|endoftext|>", "5 tokens")
+    say("🐎 שלום", "Generated: 🐎 שלום")
+    say("set max_new_tokens 100000", "max_new_tokens 100000")
+    child.sendline("To be")
+    child.expect_exact("Generated: To be")
+    child.sendintr()
+    child.expect_exact("(stopped)")
+    child.expect("Prompt: ")
+    child.sendintr()
+    child.expect_exact("(quit leaves)")
+    child.expect("Prompt: ")
+    child.sendline("quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
