@@ -159,7 +159,7 @@ class Playground:
         self.temperatures = w.Text("0, 0.5, 0.8, 1.2", description="temperatures", style={"description_width": "9em"})
         self.chosen = w.SelectMultiple(options=steps, value=steps[-2:], description="checkpoints", rows=5)
         self.chosen.style.description_width = "9em"
-        ends = {"options": steps or [None]}
+        ends = {"options": steps or [0]}
         self.before = w.Dropdown(**ends, value=ends["options"][0], description="from")
         self.after = w.Dropdown(**ends, value=ends["options"][-1], description="to")
         add = w.Button(description="Add these settings", tooltip="the checkpoint and settings above become a column")
@@ -175,9 +175,8 @@ class Playground:
             ),
         }
         f = self.fields
-        more = w.Accordion(
-            [w.HBox([f["min_p"], f["repetition_penalty"]]), f["past_window"]], titles=["More", "The model's window"]
-        )
+        rare = w.VBox([w.HBox([f["min_p"], f["repetition_penalty"]]), f["past_window"]])
+        more = w.Accordion([rare], titles=["More"])
         self.box = w.VBox(
             [
                 self.prompt,
@@ -343,21 +342,24 @@ class Playground:
             columns.append((heading, self.prompt.value, text))
         return shading.cards(columns)
 
-    def _choices(self, steps: list[int]) -> list[tuple[str, int | None]]:
-        return [(f"step {step}", step) for step in steps] or [("no checkpoint yet", None)]
+    def _choices(self, steps: list[int]) -> list[tuple[str, int]]:
+        return [(f"step {step}", step) for step in steps] or [("no checkpoint yet", 0)]
 
     def _look_for_checkpoints(self):
         """Show checkpoints that a run still training has saved since."""
         known = checkpoint.checkpoint_steps(self.run_dir)
         while self.box.comm is not None:
             time.sleep(POLL)
-            if (steps := checkpoint.checkpoint_steps(self.run_dir)) == known:
-                continue
-            chosen, known = self.step.value, steps
-            for field, options in ((self.step, self._choices(steps)), (self.before, steps), (self.after, steps)):
-                value = field.value
-                field.options = options or [None]
-                field.value = value if value in steps else field.options[-1][1] if field is self.step else (options or [None])[-1]
-            self.chosen.options = steps
-            if chosen not in steps and chosen is not None:
-                self._say(f"The checkpoint of step {chosen} is gone.", alarm=True)
+            if (steps := checkpoint.checkpoint_steps(self.run_dir)) != known:
+                known = steps
+                self._show_checkpoints(steps)
+
+    def _show_checkpoints(self, steps: list[int]):
+        chosen = self.step.value
+        for field, options in ((self.step, self._choices(steps)), (self.before, steps or [0]), (self.after, steps or [0])):
+            value = field.value
+            field.options = options
+            field.value = value if value in steps else (steps or [0])[-1]
+        self.chosen.options = steps
+        if chosen and chosen not in steps:
+            self._say(f"The checkpoint of step {chosen} is gone.", alarm=True)

@@ -121,7 +121,7 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     button("Generate").click()
     page.wait_for_function(f"document.querySelector('[role=status]').textContent.includes('{length} tokens')")
     assert text.inner_text() != first
-    greedy = text.inner_text()
+    shaded = text.inner_html()
 
     checkpoints = slider("checkpoint")
     assert checkpoints.locator(".widget-readout").inner_text() == "step 20"
@@ -129,14 +129,34 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("[...document.querySelectorAll('.widget-readout')].some(e => e.textContent === 'step 15')")
     button("Generate").click()
-    done()
-    page.wait_for_function(
-        "t => document.querySelector('.lmlib-text').innerText !== t", arg=greedy
-    )  # another checkpoint writes something else
+    changed = (
+        "before => document.querySelector('.lmlib-text').innerHTML !== before && document.querySelector('.lmlib-text .token')"
+    )
+    page.wait_for_function(changed, arg=shaded)  # another checkpoint thinks something else
+    page.wait_for_timeout(500)
+    before = len(text.inner_text())
     button("Continue").click()
-    page.wait_for_function(f"document.querySelector('.lmlib-text').textContent.length > {len(text.inner_text()) + 5}")
+    page.wait_for_function(f"document.querySelector('.lmlib-text').innerText.length > {before + length // 2}")
+    page.wait_for_timeout(500)
+    shaded = text.inner_html()
     button("Another seed").click()
-    done()
+    page.wait_for_function(changed, arg=shaded)
+
+    slider("length").locator(".noUi-handle").focus()
+    page.keyboard.press("End")
+    for _ in range(5):  # the model is so quick that Stop may come too late
+        button("Generate").click()
+        page.evaluate(
+            """() => { const stop = [...document.querySelectorAll('button')].find(b => b.textContent === 'Stop')
+            const timer = setInterval(() => { if (!stop.disabled) { stop.click(); clearInterval(timer) } }, 5) }"""
+        )
+        page.wait_for_function("!/^…|^$/.test(document.querySelector('[role=status]').textContent)")
+        button("Generate").click(trial=True)  # waits until it is enabled again
+        if "500 tokens" not in status.inner_text():
+            break
+    assert "500 tokens" not in status.inner_text() and "reached" not in status.inner_text()
+    slider("length").locator(".noUi-handle").focus()
+    page.keyboard.press("Home")
 
     area = page.locator(".jp-OutputArea textarea").first
     area.fill("x " * 60000)
