@@ -24,6 +24,7 @@ lab: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/train.py
+	$(RUN) benchmarks/generate.py
 
 notebooks: $(VENV)/ready
 	$(RUN) docs/publish_notebooks.py

@@ -132,6 +132,21 @@ def cell_count(name: str) -> int:
 HOSTILE = [0, 1, 2, 3, 4]  # of hostile.TEXTS: script, image, broken script, frame, link
 
 
+def play(page: Any):
+    """Write the playground's prompt in each of its four ways."""
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector(".lmlib-text .token")
+    for tab, button, shown in (
+        ("Side by side", "Write all", "div > b + .lmlib-text, div > b + style + .lmlib-text"),
+        ("Grid", "Fill the grid", "td .lmlib-text"),
+        ("Difference", "Compare", ".lmlib-text .token"),
+    ):
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("button", name=button, exact=True).click()
+        page.wait_for_selector(shown)
+        page.get_by_role("button", name="Generate", exact=True).click(trial=True)  # waits for the end
+
+
 def texts_that_ran(folder: Path, browser: Any) -> set[int]:
     """Which of the texts HOSTILE ran as script, once they stood in every display of every notebook: a corpus made of
     them, prompts, a run's name and records, notebooks live, reopened and exported, and the saved page of curves."""
@@ -163,6 +178,8 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
             all_ran(page, cell_count(name))
             text = page.inner_text(".jp-Notebook")
             assert "owned(" in text and "Traceback" not in text, text[-3000:]
+            if name == "generate":
+                play(page)
             page.wait_for_timeout(1000)
             photographed(page, f"hostile_{name}")
             page.keyboard.press("Control+s")

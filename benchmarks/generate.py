@@ -58,8 +58,8 @@ def main():
     options.add_argument("--recipe", default=str(PROJECT_ROOT / "params" / "exp9.yaml"))
     options.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    options.add_argument("--tokens", type=int, default=12)
-    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tokens", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=2)
     arguments = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     window = max(arguments.contexts) + arguments.tokens + 8

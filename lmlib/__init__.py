@@ -29,8 +29,9 @@ _MODULES = [
     "session",
     "training",
     "figures",
-    "widgets",
+    "shading",
     "terminal",
+    "widgets",
 ]
 
 __all__ = sorted(_HOME)
