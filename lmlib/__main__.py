@@ -124,6 +124,7 @@ def notebook(options: argparse.Namespace):
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 progress_bar=False,
+                extra_arguments=["--log-level=50"],  # else ending the kernel reads like a failure
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
     except papermill.PapermillExecutionError as error:
