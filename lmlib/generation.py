@@ -95,9 +95,10 @@ def generate(
             shape = f"{prompts.dtype} {tuple(prompts.shape)}"
             raise ValueError(f"ids must be whole numbers of shape (B, T), both at least 1; these are {shape}.")
         texts = _finished(write(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
-        longest = max(len(text.ids) for text in texts)
-        padded = [text.ids + [tokenizer.eos_token_id] * (longest - len(text.ids)) for text in texts]
-        return torch.tensor(padded, device=prompts.device)
+        rows = [torch.tensor(text.ids, dtype=torch.int64, device=prompts.device) for text in texts]
+        if len({len(row) for row in rows}) == 1:
+            return torch.stack(rows)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list | tuple):
         raise ValueError(f"prompts must be text, a list of texts or a tensor of ids, not {type(prompts).__name__}.")
@@ -180,11 +181,12 @@ def write(
     if all(text.ended_by for text in texts):
         yield texts
         return
+    eos = None if settings.ignore_eos else tokenizer.eos_token_id
     for tokens in islice(sample_ids(model, prompts, settings), settings.max_new_tokens):
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.piece = ""
             if text.ended_by is None:
-                _extend(text, token, tokenizer.eos_token_id, settings, window)
+                _extend(text, token, eos, settings, window)
                 if as_text:
                     _read(text, tokenizer, settings.stop_strings)
         yield texts
@@ -192,9 +194,9 @@ def write(
             return
 
 
-def _extend(text: Continuation, token: int, eos: int, settings: Settings, window: int):
+def _extend(text: Continuation, token: int, eos: int | None, settings: Settings, window: int):
     text.ids.append(token)
-    if token == eos and not settings.ignore_eos:
+    if token == eos:
         text.ended_by = "end of text"
     elif settings.past_window == "stop" and len(text.prompt_ids) + len(text.ids) >= window:
         text.ended_by = "window"

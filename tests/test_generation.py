@@ -132,6 +132,8 @@ def test_past_the_window_a_text_slides_or_stops(loaded):
     stopped = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True, past_window="stop")
     slid = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True)
     assert stopped.shape == (2, window - 3) and torch.equal(slid[:, : window - 3], stopped)
+    full = torch.full((1, window), 5)
+    assert lmlib.generate(model, None, full, 5, ignore_eos=True, past_window="stop").shape == (1, 0)
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(loaded):
