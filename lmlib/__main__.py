@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("generate", generate, "write text with a run's model")
     command.add_argument("run", help="a run's folder, a checkpoint, or a Hugging Face folder")
     command.add_argument("--step", type=int, help="which checkpoint (the newest)")
-    command.add_argument("--mode", choices=("interactive", "batch"), default="interactive")
+    command.add_argument("--mode", choices=("interactive", "batch"), help="(interactive; batch if there are prompts)")
     command.add_argument("--prompts", nargs="+", default=[], help="prompts of batch mode; - reads lines of standard input")
     command.add_argument("--prompts-file", metavar="FILE", help="a prompt a line; - for standard input")
     command.add_argument("--output", metavar="FILE", help="where batch mode writes (standard output)")
@@ -147,7 +147,10 @@ def generate(options: argparse.Namespace) -> int:
     from lmlib import terminal
 
     settings = terminal.given_settings(options)
-    if options.mode == "batch":
+    has_batch = bool(options.prompts or options.prompts_file or options.output or options.format)
+    if options.mode == "interactive" and has_batch:
+        raise ValueError("--prompts, --prompts-file, --output and --format belong to --mode batch")
+    if options.mode == "batch" or has_batch:
         return terminal.batch(options, settings)
     return terminal.interact(options.run, options.step, settings, _print_checkpoints)
 

@@ -158,6 +158,12 @@ def check_ids(model: LanguageModel, ids: list[int]):
         raise ValueError(f"ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
 
 
+def check_top_k(model: LanguageModel, settings: Settings):
+    if settings.top_k and settings.top_k > model.config.vocab_size:
+        size = model.config.vocab_size
+        raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the vocabulary, or 0 for all.")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Writing
 
@@ -169,9 +175,7 @@ def write(
 
     What has ended grows no more; when all have, the iteration ends. Without `as_text` only ids are kept.
     """
-    if settings.top_k and settings.top_k > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the vocabulary, or 0 for all.")
+    check_top_k(model, settings)
     for ids in prompts:
         check_ids(model, ids)
     texts, window = [Continuation(ids) for ids in prompts], model.config.sequence_length
@@ -188,7 +192,7 @@ def write(
             if text.ended_by is None:
                 _extend(text, token, eos, settings, window)
                 if as_text:
-                    _read(text, tokenizer, settings.stop_strings)
+                    read(text, tokenizer, settings.stop_strings)
         yield texts
         if all(text.ended_by for text in texts):
             return
@@ -204,24 +208,25 @@ def _extend(text: Continuation, token: int, eos: int | None, settings: Settings,
         text.ended_by = "length"
 
 
-def _read(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...]):
+def read(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ()):
     """Bring a continuation's text up to its tokens."""
     written = decoded(tokenizer, text)
     if not text.ended_by:  # trailing bytes may be a character's first
-        tail = len(written) - len(written.rstrip("\N{REPLACEMENT CHARACTER}"))
-        written = written[: len(written) - min(tail, 3)]
+        written = written.rstrip("\N{REPLACEMENT CHARACTER}")
     for stop in stop_strings:
         found = written.find(stop, max(0, len(text.text) - len(stop) + 1))
         if found >= 0:
             written, text.ended_by = written[: found + len(stop)], "stop string"
-    text.piece, text.text = written[len(text.text) :], written
+    text.piece = written[len(text.text) :]
+    text.text += text.piece
 
 
 def decoded(tokenizer: Any, text: Continuation) -> str:
-    """The text of a continuation's tokens, read behind the end of its prompt (some decoders drop a leading space)."""
+    """The text of a continuation's tokens, read behind the end of its prompt: some decoders drop a leading space, and
+    the prompt may end in half a character."""
     before = text.prompt_ids[-8:]
     whole, prompt = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before + text.ids, before))
-    return whole[len(prompt) :]
+    return whole[len(prompt.rstrip("\N{REPLACEMENT CHARACTER}")) :]
 
 
 def _finished(steps: Iterator[list[Continuation]]) -> list[Continuation]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lmlib.config import printable
+from lmlib.generation import Continuation, read
 from lmlib.model import LanguageModel
 
 ALTERNATIVES = 10
@@ -31,7 +32,7 @@ STYLE = """<style>
 class Token:
     """A token of a text, and what the model thought before it read it."""
 
-    piece: str
+    piece: str  # whole characters: the last of several tokens that make one has it, the others have none
     probability: float
     rank: int  # 1: it was the likeliest
     alternatives: list[tuple[str, float]]  # the likeliest tokens and their probabilities
@@ -39,7 +40,8 @@ class Token:
 
 @torch.no_grad()
 def tokens_of(model: LanguageModel, tokenizer: Any, ids: list[int], first: int) -> list[Token]:
-    """The tokens `ids[first:]`, each judged from all before it that the model's window holds (one forward pass).
+    """The tokens `ids[first:]`, each judged from all before it, in one forward pass. Of a text longer than the model's
+    window only those tokens are judged that still have half a window before them; the earlier ones are left out.
 
     Raises:
         ValueError: `first` is less than 1: nothing comes before the first token.
@@ -47,14 +49,18 @@ def tokens_of(model: LanguageModel, tokenizer: Any, ids: list[int], first: int) 
     if first < 1:
         raise ValueError("The first token of a text cannot be judged: nothing comes before it.")
     dropped = max(0, len(ids) - model.config.sequence_length)
-    ids, first = ids[dropped:], max(1, first - dropped)
+    if dropped:
+        ids, first = ids[dropped:], max(first - dropped, model.config.sequence_length // 2)
     chances = model(torch.tensor([ids], device=model.lm_head.weight.device))[0, first - 1 : -1].softmax(-1).cpu()  # (N, V)
     likeliest = chances.topk(min(ALTERNATIVES, chances.shape[-1]))
     tokens = []
+    text = Continuation(ids[:first])
     for row, token, values, others in zip(chances, ids[first:], likeliest.values, likeliest.indices, strict=True):
+        text.ids.append(token)
+        read(text, tokenizer)
         alternatives = [(tokenizer.decode([i]), p) for i, p in zip(others.tolist(), values.tolist(), strict=True)]
         rank = int((row > row[token]).sum()) + 1
-        tokens.append(Token(tokenizer.decode([token]), float(row[token]), rank, alternatives))
+        tokens.append(Token(text.piece, float(row[token]), rank, alternatives))
     return tokens
 
 

@@ -77,24 +77,27 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
             print("\n(quit leaves)")
             continue
         try:
-            match line.split():
+            match line.split(maxsplit=2):
                 case ["quit" | "exit"]:
                     return 0
                 case ["help"]:
                     print(HELP)
                 case ["checkpoints"]:
                     list_checkpoints(resolve_path(run))
-                case ["load", *which] if len(which) == 0 or (len(which) == 1 and which[0].isdecimal()):
+                case ["load", *which] if len(which) < 2:
+                    if which and not which[0].isdecimal():
+                        raise ValueError(f"load {which[0]}: write a step, as in load 500, or load alone for the newest")
                     folder = checkpoint.find_checkpoint(run, int(which[0]) if which else None)
                     model, tokenizer = checkpoint.load(folder)
                     print(f"Loaded {printable(folder.name.replace('checkpoint_step_', 'step '))}.")
                 case ["params" | "set"]:
-                    print("\n".join(f"{name} {shown_setting(value)}" for name, value in asdict(settings).items()))
+                    print("\n".join(f"{name}: {shown_setting(value)}" for name, value in asdict(settings).items()))
                 case ["set", name, value] if name in asdict(settings):
                     settings = replace(settings, **{name: read_setting(name, value)})
-                    print(f"{name} {shown_setting(getattr(settings, name))}")
-                case ["set", name, _]:
-                    raise ValueError(f"there is no setting {name}; there are {', '.join(asdict(settings))}")
+                    print(f"{name}: {shown_setting(getattr(settings, name))}")
+                case ["set", name, *_]:
+                    known = ", ".join(asdict(settings))
+                    raise ValueError(f"set {name}: write set, a name and a value; the names are {known}")
                 case ["again"] if last:
                     settings = replace(settings, seed=settings.seed + 1)
                     print(f"(seed {settings.seed})")
@@ -143,6 +146,7 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
     if not prompts:
         raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", or --prompts-file FILE (or -)')
     model, tokenizer = checkpoint.load(options.run, options.step)
+    generation.check_top_k(model, settings)
     ids = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -167,7 +171,8 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
 
 def _prompts(options: argparse.Namespace) -> Iterator[str]:
     """--prompts, then the lines of --prompts-file; "-" in either place stands for standard input's lines."""
-    for prompt in options.prompts:
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in options.prompts]  # bytes that are no text
+    for prompt in prompts:
         yield from _lines(sys.stdin) if prompt == "-" else [prompt]
     if options.prompts_file == "-":
         yield from _lines(sys.stdin)

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import ipywidgets
 from IPython.display import display
 
 from lmlib import checkpoint, figures, generation, shading
-from lmlib.config import printable
+from lmlib.config import printable, resolve_path
 from lmlib.generation import Settings
 from lmlib.run_folder import Record
 from lmlib.terminal import summary
@@ -110,7 +110,7 @@ def playground(run_dir: str | Path, prompt: str = "", **settings: Any):
     Only JupyterLab can move them; elsewhere a line says so.
     """
     if is_live():
-        display(Playground(Path(run_dir), prompt, Settings(**settings)).box)
+        display(Playground(resolve_path(run_dir), prompt, Settings(**settings)).box)
     else:
         print("The playground needs a person: open this notebook in JupyterLab and run this cell there.")
 
@@ -119,11 +119,12 @@ class Playground:
     """The widgets and what they do. One thing is written at a time, in a thread, so that Stop can be heard."""
 
     def __init__(self, run_dir: Path, prompt: str, settings: Settings):
-        self.run_dir, self.models, self.columns = run_dir, {}, []
+        self.run_dir, self.given, self.models, self.columns = run_dir, settings, {}, []
         self.stopping, self.thread, self.last = threading.Event(), None, None
         w, wide, half = ipywidgets, {"width": "97%"}, {"width": "47%"}
 
         def slider(kind: Any, name: str, value: Any, low: Any, high: Any, step: Any) -> Any:
+            low, high = min(low, value), max(high, value)
             return kind(value, min=low, max=high, step=step, description=name, layout=half, style={"description_width": "9em"})
 
         steps = checkpoint.checkpoint_steps(run_dir)
@@ -132,7 +133,7 @@ class Playground:
         self.step.index, self.step.layout.width, self.step.style.description_width = len(self.step.options) - 1, "97%", "9em"
         self.fields = {
             "temperature": slider(w.FloatSlider, "temperature", settings.temperature, 0, 2, 0.05),
-            "max_new_tokens": slider(w.IntSlider, "length", settings.max_new_tokens, 1, max(500, settings.max_new_tokens), 1),
+            "max_new_tokens": slider(w.IntSlider, "length", settings.max_new_tokens, 1, 500, 1),
             "top_k": slider(w.IntSlider, "top-k (0: all)", settings.top_k or 0, 0, 200, 1),
             "top_p": slider(w.FloatSlider, "top-p", settings.top_p or 1.0, 0.05, 1, 0.01),
             "min_p": slider(w.FloatSlider, "min-p", settings.min_p or 0.0, 0, 0.5, 0.01),
@@ -207,7 +208,7 @@ class Playground:
         model, tokenizer = self._model(self.step.value)
         given, text = self.last
         ids = (text.prompt_ids + text.ids)[-model.config.sequence_length :]
-        return self._write_ids(model, tokenizer, ids, given + text.text)
+        return self._write_ids(model, tokenizer, ids, given + text.text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def another(self):
         """The prompt with the next seed."""
@@ -218,11 +219,12 @@ class Playground:
         """The prompt, written by each of the columns' checkpoints and settings."""
         if not self.columns:
             self._add_column()
-        seed, written = self.fields["seed"].value, [""] * len(self.columns)
-        for number, (step, settings) in enumerate(self.columns):
-            for text in self._texts(step, Settings(**{**asdict(settings), "seed": seed})):
+        columns, prompt, seed = list(self.columns), self.prompt.value, self.fields["seed"].value
+        written = [""] * len(columns)
+        for number, (step, settings) in enumerate(columns):
+            for text in self._texts(step, prompt, replace(settings, seed=seed)):
                 written[number] = text.text
-                self.beside.value = self._cards(written)
+                self.beside.value = self._cards(columns, prompt, written)
 
     def write_grid(self):
         """The prompt, written at each temperature by each checkpoint chosen."""
@@ -230,23 +232,27 @@ class Playground:
             temperatures = [float(part) for part in self.temperatures.value.replace(";", ",").split(",") if part.strip()]
         except ValueError:
             raise ValueError("temperatures must be numbers with commas between them, as in 0, 0.8, 1.2") from None
-        rows = [(f"temperature {t:g}", [""] * len(self.chosen.value)) for t in temperatures]
-        for column, step in enumerate(self.chosen.value):
+        steps, prompt, settings = self.chosen.value, self.prompt.value, self.settings()
+        if not (steps and temperatures):
+            raise ValueError("choose at least one checkpoint and one temperature")
+        rows = [(f"temperature {t:g}", [""] * len(steps)) for t in temperatures]
+        for column, step in enumerate(steps):
             for row, temperature in enumerate(temperatures):
-                for text in self._texts(step, Settings(**{**asdict(self.settings()), "temperature": temperature})):
+                for text in self._texts(step, prompt, replace(settings, temperature=temperature)):
                     rows[row][1][column] = text.text
-                    self.table.value = shading.grid([f"step {s}" for s in self.chosen.value], rows)
+                    self.table.value = shading.grid([f"step {s}" for s in steps], rows)
 
     def compare(self):
         """The last text, or the prompt, judged by two checkpoints."""
         steps, judged = (self.before.value, self.after.value), []
         for step in steps:
             model, tokenizer = self._model(step)
-            ids, first = generation.encode(model, tokenizer, self.prompt.value), 1
             if self.last:
                 ids, first = self.last[1].prompt_ids + self.last[1].ids, len(self.last[1].prompt_ids)
+            else:
+                ids, first = generation.encode(model, tokenizer, self.prompt.value), 1
             judged.append(shading.tokens_of(model, tokenizer, ids, first))
-        given = self.last[0] if self.last else tokenizer.decode(ids[:1])
+        given = self._unjudged(tokenizer, len(judged[0])) if self.last else tokenizer.decode(ids[:1])
         self.difference.value = shading.shade_difference(given, *judged, tuple(f"step {step}" for step in steps))
         self._say(f"Blue: step {steps[1]} finds it likelier than step {steps[0]}; orange: less likely.")
 
@@ -255,7 +261,7 @@ class Playground:
     def settings(self) -> Settings:
         """What the sliders say."""
         values = {name: field.value for name, field in self.fields.items()}
-        return Settings(**{**values, "min_p": values["min_p"] or None})
+        return replace(self.given, **{**values, "min_p": values["min_p"] or None})
 
     def _button(self, name: str, job: Callable | None, style: str = "") -> Any:
         button = ipywidgets.Button(description=name, button_style=style)
@@ -299,15 +305,19 @@ class Playground:
             self._say(summary(text, model.config.sequence_length, time.monotonic() - began))
         self.last = given, text
         tokens = shading.tokens_of(model, tokenizer, text.prompt_ids + text.ids, len(text.prompt_ids))
-        beyond = tokenizer.decode(text.ids[: len(text.ids) - len(tokens)])  # what the window no longer holds
-        self.output.value = shading.shade(given + beyond, tokens)
+        self.output.value = shading.shade(self._unjudged(tokenizer, len(tokens)), tokens)
 
-    def _texts(self, step: int | None, settings: Settings) -> Iterator[generation.Continuation]:
+    def _unjudged(self, tokenizer: Any, judged: int) -> str:
+        """The last prompt, and what was written behind it before its last `judged` tokens."""
+        given, text = self.last
+        return given + tokenizer.decode(text.ids[: len(text.ids) - judged], skip_special_tokens=True)
+
+    def _texts(self, step: int | None, prompt: str, settings: Settings) -> Iterator[generation.Continuation]:
         if self.stopping.is_set():
             return
         model, tokenizer = self._model(step)
         began = time.monotonic()
-        for text in self._grown(model, tokenizer, generation.encode(model, tokenizer, self.prompt.value), settings):
+        for text in self._grown(model, tokenizer, generation.encode(model, tokenizer, prompt), settings):
             self._say(f"step {step}: {summary(text, model.config.sequence_length, time.monotonic() - began)}")
             yield text
 
@@ -333,14 +343,14 @@ class Playground:
 
     def _add_column(self, clear: bool = False):
         self.columns = [] if clear else [*self.columns, (self.step.value, self.settings())]
-        self.beside.value = self._cards([""] * len(self.columns))
+        self.beside.value = self._cards(self.columns, self.prompt.value, [""] * len(self.columns))
 
-    def _cards(self, written: list[str]) -> str:
-        columns = []
-        for (step, s), text in zip(self.columns, written, strict=True):
+    def _cards(self, columns: list[tuple[int, Settings]], prompt: str, written: list[str]) -> str:
+        boxes = []
+        for (step, s), text in zip(columns, written, strict=True):
             heading = f"step {step}, temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
-            columns.append((heading, self.prompt.value, text))
-        return shading.cards(columns)
+            boxes.append((heading, prompt, text))
+        return shading.cards(boxes)
 
     def _choices(self, steps: list[int]) -> list[tuple[str, int]]:
         return [(f"step {step}", step) for step in steps] or [("no checkpoint yet", 0)]
@@ -360,6 +370,8 @@ class Playground:
             value = field.value
             field.options = options
             field.value = value if value in steps else (steps or [0])[-1]
+        kept = [step for step in self.chosen.value if step in steps]
         self.chosen.options = steps
+        self.chosen.value = kept
         if chosen and chosen not in steps:
             self._say(f"The checkpoint of step {chosen} is gone.", alarm=True)

@@ -27,11 +27,11 @@ def test_tokens_carry_the_models_own_probabilities(loaded):
         shading.tokens_of(model, tokenizer, ids, 0)
 
 
-def test_beyond_the_window_only_what_it_holds_is_judged(loaded):
+def test_beyond_the_window_only_tokens_with_half_of_it_before_them_are_judged(loaded):
     model, tokenizer = loaded
     window = model.config.sequence_length
     ids = torch.randint(1, 500, (window + 9,)).tolist()
-    assert len(shading.tokens_of(model, tokenizer, ids, 3)) == window - 1
+    assert len(shading.tokens_of(model, tokenizer, ids, 3)) == window - window // 2
 
 
 def test_likelier_is_blue_and_less_likely_orange():
@@ -39,3 +39,10 @@ def test_likelier_is_blue_and_less_likely_orange():
     page = shading.shade_difference("", [a, b], [b, a], ("step 1", "step <2>"))
     assert page.index(shading.BLUE) < page.index(shading.ORANGE)
     assert "<b>" not in page and "<i>" not in page and "<2>" not in page
+
+
+def test_characters_of_several_tokens_stay_whole(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("Oh, a 🐎 in שלום!", add_special_tokens=False)["input_ids"]
+    tokens = shading.tokens_of(model, tokenizer, ids, 1)
+    assert "".join(token.piece for token in tokens) == "Oh, a 🐎 in שלום!"[1:]

@@ -102,6 +102,11 @@ def test_a_batch_reads_prompts_from_anywhere_and_writes_json_lines(trained, tmp_
     out = lmlib("generate", trained.run_dir, "--mode", "batch", "--prompts", "Once \x1b[31mupon", "--step", 10)
     assert "\x1b" not in out and "🎯 Prompt: Once \\x1b[31mupon" in out
     assert "temperature is 'hot'" in lmlib(*command[:6], "--temperature", "hot", check=1)
+    before = (tmp_path / "out.jsonl").read_text()
+    again = ["--output", tmp_path / "out.jsonl", "--top-k", 10000]
+    assert "top_k is 10000; write 1 to 512" in lmlib(*command[:6], *again, check=1)
+    assert (tmp_path / "out.jsonl").read_text() == before
+    assert "belong to --mode batch" in lmlib("generate", trained.run_dir, "--mode", "interactive", "--prompts", "x", check=1)
     assert "prompt 2: The prompt has" in lmlib(*command[:6], "word " * 200, check=1)
     assert "batch mode needs prompts" in lmlib(*command[:4], check=1)
 
@@ -130,20 +135,23 @@ def test_a_session_in_a_real_terminal(trained):
         child.expect("Prompt: ")
 
     say("To be", "Generated: To be", "100 tokens", "past the model's window, it saw only the last 64 tokens")
-    say("set max_new_tokens 5", "max_new_tokens 5")
+    say("set max_new_tokens 5", "max_new_tokens: 5")
     say("\x1b[A\x1b[A", "Generated: To be", "5 tokens")  # two lines up in the history
     say("To bx\x7fe", "Generated: To be")  # a key undone
     say("set temperature -1", "Error: temperature is -1")
-    say("set warmth 1", "Error: there is no setting warmth; there are max_new_tokens, temperature")
-    say("params", "max_new_tokens 5", "temperature 0.8")
+    say("set warmth 1", "Error: set warmth: write set, a name and a value; the names are max_new_tokens")
+    say("params", "max_new_tokens: 5", "temperature: 0.8")
     say("load 10", "Loaded step 10.")
     say("load 7", "Error:", "has no checkpoint of step 7; it has: 5, 10, 15, 20")
     say("checkpoints", "step      20", "best")
-    say("again", "(seed 1)", "5 tokens")
+    say("load abc", "Error: load abc: write a step")
+    say("set stop_strings The End|\\n\\n", "stop_strings: The End|\\n\\n")
+    say("again", "(seed 1)", "tokens")
+    say("set stop_strings none", "stop_strings: none")
     say("", "Generated: ", "5 tokens")
     say("<|endoftext|>", "5 tokens")
     say("🐎 שלום", "Generated: 🐎 שלום")
-    say("set max_new_tokens 100000", "max_new_tokens 100000")
+    say("set max_new_tokens 100000", "max_new_tokens: 100000")
     child.sendline("To be")
     child.expect_exact("Generated: To be")
     child.sendintr()

@@ -40,6 +40,12 @@ def test_it_writes_what_generate_writes(ground, run):
     assert ground.fields["seed"].value == 1
 
 
+def test_settings_without_a_slider_and_beyond_one_count_too(run):
+    ground = Playground(run, "To be", Settings(max_new_tokens=900, top_k=400, stop_strings=("e",), ignore_eos=True))
+    assert ground.settings() == Settings(900, top_k=400, stop_strings=("e",), ignore_eos=True)
+    assert "a stop string" in pressed(ground, ground.write)
+
+
 def test_stop_is_answered_at_once(ground):
     ground.fields["max_new_tokens"].max = 100_000
     ground.fields["max_new_tokens"].value = 100_000
@@ -59,6 +65,8 @@ def test_mistakes_are_said_and_the_playground_lives_on(ground, run):
     shutil.rmtree(run / "checkpoints" / "checkpoint_step_15")
     ground.step.value = 15
     assert "has no checkpoint of step 15; it has: 5, 10, 20" in pressed(ground, ground.write)
+    ground.temperatures.value = ""
+    assert "choose at least one checkpoint" in pressed(ground, ground.write_grid)
     ground.temperatures.value = "hot"
     assert "temperatures must be numbers" in pressed(ground, ground.write_grid)
     ground.step.value = 20
@@ -91,6 +99,7 @@ def test_checkpoints_of_a_run_still_training_appear(ground, run, monkeypatch):
 
     ground._show_checkpoints([5, 10, 15, 20, 25])
     assert [value for _, value in ground.step.options] == [5, 10, 15, 20, 25] and ground.step.value == 20
+    assert ground.chosen.value == (15, 20)
     ground._show_checkpoints([5, 10])
     assert ground.step.value == 10 and "The checkpoint of step 20 is gone" in ground.status.value
     assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
