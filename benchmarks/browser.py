@@ -139,7 +139,7 @@ def play(page: Any):
     for tab, button, shown in (
         ("Side by side", "Write all", "div > b + .lmlib-text, div > b + style + .lmlib-text"),
         ("Grid", "Fill the grid", "td .lmlib-text"),
-        ("Difference", "Compare", ".lmlib-text .token"),
+        ("Difference", "Compare", "[role=status]:text('likelier')"),
     ):
         page.get_by_role("tab", name=tab).click()
         page.get_by_role("button", name=button, exact=True).click()
