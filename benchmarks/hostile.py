@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 
 from lmlib import figures, shading
-from lmlib.config import RunConfig, parse_overrides, printable
+from lmlib.config import RunConfig, printable
 
 # ---------------------------------------------------------------------------------------------------
 # Parameter files: each must be refused in a sentence that names the file, and none may touch CANARY
@@ -76,15 +76,6 @@ def refused(name: str, folder: Path) -> bool:
             return False
         except ValueError as error:
             return len(str(error)) < 1000 and not (folder / CANARY).exists()
-
-
-def refused_on_the_command_line(name: str) -> bool:
-    """Whether `-p NAME 1` is refused for such a name."""
-    try:
-        RunConfig(**parse_overrides([(name, "1")]))
-        return False
-    except ValueError:
-        return True
 
 
 # ---------------------------------------------------------------------------------------------------

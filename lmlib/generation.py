@@ -94,7 +94,7 @@ def generate(
         if prompts.dim() != 2 or prompts.is_floating_point() or prompts.numel() < 1:
             shape = f"{prompts.dtype} {tuple(prompts.shape)}"
             raise ValueError(f"ids must be whole numbers of shape (B, T), both at least 1; these are {shape}.")
-        texts = _finished(write(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
+        texts = finish(write(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
         rows = [torch.tensor(text.ids, dtype=torch.int64, device=prompts.device) for text in texts]
         if len({len(row) for row in rows}) == 1:
             return torch.stack(rows)
@@ -106,7 +106,7 @@ def generate(
     return [
         text.text
         for start in range(0, len(ids), ROWS)
-        for text in _finished(write(model, tokenizer, ids[start : start + ROWS], settings))
+        for text in finish(write(model, tokenizer, ids[start : start + ROWS], settings))
     ]
 
 
@@ -229,7 +229,8 @@ def decoded(tokenizer: Any, text: Continuation) -> str:
     return whole[len(prompt.rstrip("\N{REPLACEMENT CHARACTER}")) :]
 
 
-def _finished(steps: Iterator[list[Continuation]]) -> list[Continuation]:
+def finish(steps: Iterator[list[Continuation]]) -> list[Continuation]:
+    """The continuations of `write` once all have ended."""
     for texts in steps:  # noqa: B007 (the last one is wanted)
         pass
     return texts

@@ -98,7 +98,9 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
                 case ["set", name, *_]:
                     known = ", ".join(asdict(settings))
                     raise ValueError(f"set {name}: write set, a name and a value; the names are {known}")
-                case ["again"] if last:
+                case ["again"]:
+                    if not last:
+                        raise ValueError("again: there is no prompt yet")
                     settings = replace(settings, seed=settings.seed + 1)
                     print(f"(seed {settings.seed})")
                     _say(model, tokenizer, last, settings)
@@ -140,7 +142,7 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
     """Continue every prompt, to standard output or --output, as text or JSON lines.
 
     Raises:
-        ValueError: there is no prompt, or one does not fit the model's window; nothing was written.
+        ValueError: there is no prompt, one does not fit the model's window, or top_k the vocabulary; nothing was written.
     """
     prompts = list(_prompts(options))
     if not prompts:
@@ -157,8 +159,7 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
     with open(options.output, "w", encoding="utf-8") if options.output else contextlib.nullcontext(sys.stdout) as out:
         for start in range(0, len(prompts), generation.ROWS):
             rows = slice(start, start + generation.ROWS)
-            for texts in generation.write(model, tokenizer, ids[rows], settings):  # noqa: B007 (the last one is wanted)
-                pass
+            texts = generation.finish(generation.write(model, tokenizer, ids[rows], settings))
             for prompt, text in zip(prompts[rows], texts, strict=True):
                 if as_json:
                     line = {"prompt": prompt, "text": text.text, "tokens": len(text.ids), "ended_by": text.ended_by}

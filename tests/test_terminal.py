@@ -134,6 +134,7 @@ def test_a_session_in_a_real_terminal(trained):
             child.expect_exact(answer)
         child.expect("Prompt: ")
 
+    say("again", "Error: again: there is no prompt yet")
     say("To be", "Generated: To be", "100 tokens", "past the model's window, it saw only the last 64 tokens")
     say("set max_new_tokens 5", "max_new_tokens: 5")
     say("\x1b[A\x1b[A", "Generated: To be", "5 tokens")  # two lines up in the history
