@@ -18,6 +18,7 @@ _MODULES = [
     "corpus",
     "data",
     "attention",
+    "feed_forward",
     "model",
     "optim",
     "meter",

@@ -159,13 +159,14 @@ class LatentAttention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Plain multi-head attention (arXiv:1706.03762) with rotary positions, as Llama has it."""
+    """Plain multi-head attention (arXiv:1706.03762) with rotary positions, as Llama has it, or, beside experts, GLM-4.5."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias))
+            bias = config.attention_bias and (name != "o_proj" or config.feed_forward == "mlp")  # GLM's output has none
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=bias))
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0

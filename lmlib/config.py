@@ -53,7 +53,10 @@ class RunConfig:
     num_attention_heads: int = 4            # attention heads
     intermediate_size: int = 512            # width of the SwiGLU feed-forward
     attention: Literal["mla", "mha"] = "mla"  # latent attention (DeepSeek-V3) or plain multi-head (Llama)
-    feed_forward: Literal["mlp"] = "mlp"    # SwiGLU in every layer
+    feed_forward: Literal["mlp", "moe"] = "mlp"  # SwiGLU for every token, or experts chosen by a router (DeepSeek-V3, GLM-4.5)
+    num_experts: int = 4                    # moe: routed experts in a layer; one shared expert comes on top
+    num_experts_per_tok: int = 2            # moe: routed experts that read a token
+    moe_intermediate_size: int = 168        # moe: width of an expert; intermediate_size is the mlp's
     q_lora_rank: int | None = None          # mla: width of the compressed query; None: not compressed
     kv_lora_rank: int = 96                  # mla: width of the compressed keys and values
     qk_rope_head_dim: int = 32              # mla: rotated dimensions of a head
@@ -302,6 +305,13 @@ def _contradictions(c: RunConfig) -> list[str]:
     ]
     if c.attention == "mla":
         at_least_one += ["q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"]
+    if c.feed_forward == "moe":
+        at_least_one += ["moe_intermediate_size"]
+        need(
+            2 <= c.num_experts_per_tok <= c.num_experts,
+            f"num_experts_per_tok is {c.num_experts_per_tok}; it must be at least 2 (the weight of a single expert is always 1, "
+            f"which teaches the router nothing) and at most num_experts, {c.num_experts}",
+        )
     for name in at_least_one:
         need(getattr(c, name) is None or getattr(c, name) >= 1, f"{name} is {getattr(c, name)}; it must be 1 or more")
     for name in ("learning_rate", "muon_learning_rate", "rope_theta"):

@@ -23,37 +23,57 @@ def token_scores(model: LanguageModel, ids: Tensor, targets: Tensor, rows: int =
     return torch.cat(losses).view_as(targets), torch.cat(right).view_as(targets)
 
 
-def evaluate(
-    model: LanguageModel, windows: Tensor, token_bytes: Tensor, batch_size: int, dtype: torch.dtype = torch.float32
-) -> dict[str, float | None]:
-    """Scores on whole windows (W, T + 1) of held-out tokens, in evaluation mode.
+def score_windows(
+    model: LanguageModel, windows: Tensor, batch_size: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """`token_scores` of whole windows (W, T + 1), in evaluation mode: float64 and bool, both (W, T), on the CPU.
+
+    `dtype` bfloat16 runs the model under autocast.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses, right = [], []
+    for chunk in windows.split(batch_size):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, correct = token_scores(model, chunk[:, :-1].to(device), chunk[:, 1:].to(device))
+        losses.append(loss.double().cpu())
+        right.append(correct.cpu())
+    model.train(was_training)
+    return torch.cat(losses), torch.cat(right)
+
+
+def summarise(losses: Tensor, right: Tensor, targets: Tensor, token_bytes: Tensor) -> dict[str, float | None]:
+    """The scores of windows whose tokens have these losses (nats), hits and targets, all (W, T).
 
     Args:
         token_bytes: UTF-8 bytes of each token's text, 0 for separators: (V,).
-        dtype: bfloat16 runs the model under autocast.
 
     Returns:
         val_loss (mean nats a token), val_loss_stderr (over windows; None for one), val_accuracy (top-1, all positions),
         val_perplexity (exp of val_loss), val_bits_per_byte (summed nats / ln 2 / bytes of the predicted text).
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    window_losses, right = [], 0
-    for chunk in windows.split(batch_size):
-        ids, targets = chunk[:, :-1].to(device), chunk[:, 1:].to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses, correct = token_scores(model, ids, targets)
-        window_losses.append(losses.double().mean(1).cpu())
-        right += int(correct.sum())
-    model.train(was_training)
-
-    losses, targets = torch.cat(window_losses), windows[:, 1:]
-    loss, tokens = float(losses.mean()), targets.numel()
+    of_window = losses.mean(1)
+    loss = float(of_window.mean())
     return {
         "val_loss": loss,
-        "val_loss_stderr": float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None,
-        "val_accuracy": right / tokens,
+        "val_loss_stderr": float(of_window.std() / len(of_window) ** 0.5) if len(of_window) > 1 else None,
+        "val_accuracy": float(right.double().mean()),
         "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "val_bits_per_byte": loss * tokens / math.log(2) / max(1, int(token_bytes[targets].sum())),
+        "val_bits_per_byte": loss * targets.numel() / math.log(2) / max(1, int(token_bytes[targets].sum())),
+    }
+
+
+def evaluate(
+    model: LanguageModel, windows: Tensor, token_bytes: Tensor, batch_size: int, dtype: torch.dtype = torch.float32
+) -> dict[str, float | None]:
+    """The scores of a model on whole windows (W, T + 1) of held-out tokens: see `score_windows` and `summarise`."""
+    return summarise(*score_windows(model, windows, batch_size, dtype), windows[:, 1:], token_bytes)
+
+
+def profile(losses: Tensor, right: Tensor) -> dict[str, list[float]]:
+    """Mean loss (nats) and accuracy at each position of a window, from those of each token (W, T)."""
+    return {
+        "val_loss_by_position": [round(value, 4) for value in losses.mean(0).tolist()],
+        "val_accuracy_by_position": [round(value, 4) for value in right.double().mean(0).tolist()],
     }

@@ -1,7 +1,8 @@
 """The language model: a decoder whose names and arithmetic are those of stock Hugging Face classes.
 
 attention "mla" is saved as DeepseekV3ForCausalLM (DeepSeek-V2, arXiv:2405.04434, section 2.1, and V3,
-arXiv:2412.19437), "mha" as LlamaForCausalLM (arXiv:2302.13971).
+arXiv:2412.19437), with feed_forward "mlp" or "moe"; "mha" with "mlp" as LlamaForCausalLM (arXiv:2302.13971), with
+"moe" as Glm4MoeForCausalLM (arXiv:2508.06471). Every layer is of the one kind.
 
 Shapes: B batch, T positions, C hidden_size, V vocab_size.
 """
@@ -12,19 +13,7 @@ from torch import Tensor, nn
 
 from lmlib.attention import Cache, LatentAttention, Linear, MultiHeadAttention, RMSNorm, rotary_angles
 from lmlib.config import RunConfig
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward (arXiv:2002.05202)."""
-
-    def __init__(self, config: RunConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from lmlib.feed_forward import MLP, Experts, MixtureOfExperts, Router
 
 
 class DecoderLayer(nn.Module):
@@ -34,7 +23,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size)
         self.self_attn = LatentAttention(config) if config.attention == "mla" else MultiHeadAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
-        self.mlp = MLP(config)
+        dense = config.feed_forward == "mlp"
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0
@@ -103,7 +93,7 @@ class LanguageModel(nn.Module):
 
 def _initialise(module: nn.Module):
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02)
         elif name == "bias":
             nn.init.zeros_(parameter)
@@ -111,6 +101,8 @@ def _initialise(module: nn.Module):
         nn.init.zeros_(module.o_proj.weight)
     if isinstance(module, MLP):
         nn.init.zeros_(module.down_proj.weight)
+    if isinstance(module, Experts):
+        nn.init.zeros_(module.down_proj)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -162,11 +154,21 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def active_parameter_count(model: "LanguageModel") -> int:
+    """Those that take part in reading one token: all but the experts that its routers leave out."""
+    c, experts = model.config, [m for m in model.modules() if isinstance(m, Experts)]
+    idle = sum(parameter_count(m) for m in experts) * (c.num_experts - c.num_experts_per_tok) // c.num_experts
+    return parameter_count(model) - idle
+
+
 def flops_per_token(model: LanguageModel) -> float:
-    """Floating-point operations to train on one token: 6 for each parameter in a matrix product (the head included),
-    and attention's two products over the mean causal context of a full window, forward and backward."""
+    """Floating-point operations to train on one token: 6 for each parameter in a matrix product (the head included, idle
+    experts not), and attention's two products over the mean causal context of a full window, forward and backward."""
     c = model.config
-    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Router))
+    products += sum(
+        parameter_count(m) * c.num_experts_per_tok // c.num_experts for m in model.modules() if isinstance(m, Experts)
+    )
     if c.attention == "mla":
         widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
     else:

@@ -25,16 +25,17 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: every singular value goes to between 0.7 and 1.2.
 
     Five steps of the quintic Newton-Schulz iteration, coefficients from Keller Jordan's "Muon" (2024).
-    Shape (rows, columns) in and out.
+    Shape (rows, columns) in and out, or a stack of such matrices (E, rows, columns), each for itself.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(dtype)
-    x = x / (x.norm() + 1e-7)
+    multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = (matrix if wide else matrix.mT).to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x if wide else x.T
+        gram = x @ x.mT
+        x = a * x + multiply_add(gram, gram, gram, beta=b, alpha=c) @ x
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,13 +59,13 @@ class Muon(torch.optim.Optimizer):
                 update = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
                 update = orthogonalise(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                scale = max(1.0, matrix.shape[-2] / matrix.shape[-1]) ** 0.5
                 matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * scale)
 
 
 def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
     """The optimisers of a run, each group with its `peak_lr`. Weight decay touches matrices, not norms or biases."""
-    decoder = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers." in name]
+    decoder = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
     others = {id(p) for p in decoder}
     tables = [p for p in model.parameters() if p.dim() == 2 and id(p) not in others]  # embedding, untied head
     vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -38,8 +38,22 @@ def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
     }
-    if config.attention == "mha":
+    experts = {
+        "n_routed_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0 if config.feed_forward == "moe" else config.num_hidden_layers,
+        **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0},
+    }
+    if config.attention == "mha" and config.feed_forward == "mlp":
         return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **shared)
+    if config.attention == "mha":
+        shared["rope_parameters"]["partial_rotary_factor"] = 1.0
+        head_dim = config.hidden_size // config.num_attention_heads
+        return transformers.Glm4MoeConfig(
+            architectures=["Glm4MoeForCausalLM"], head_dim=head_dim, use_qk_norm=False, **shared, **experts
+        )
     return transformers.DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
         q_lora_rank=config.q_lora_rank,
@@ -48,21 +62,23 @@ def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
         qk_nope_head_dim=config.qk_nope_head_dim,
         v_head_dim=config.v_head_dim,
         rope_interleave=config.rope_interleave,
-        first_k_dense_replace=config.num_hidden_layers,  # every layer dense
-        num_nextn_predict_layers=0,
         **shared,
+        **experts,
     )
 
 
-# What a stock configuration may say without changing the arithmetic of a dense model in evaluation mode.
+# What a stock configuration may say without changing the arithmetic of a model in evaluation mode.
 _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"),
     *("initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("max_position_embeddings", "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers"),
-    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"),
-    *("norm_topk_prob", "routed_scaling_factor", "output_router_logits", "head_dim", "qk_head_dim", "use_cache"),
+    *("output_router_logits", "head_dim", "qk_head_dim"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
     *("problem_type", "is_encoder_decoder", "torchscript", "num_local_experts", "tokenizer_class", "task_specific_params"),
+}
+_OF_EXPERTS = {
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"),
+    *("norm_topk_prob", "routed_scaling_factor"),
 }
 
 
@@ -79,19 +95,28 @@ def config_of(folder: Path) -> RunConfig:
         settings = stock.to_dict()
     except Exception as error:  # transformers raises whatever a strange config.json makes it stumble over
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    kinds = {"deepseek_v3": "mla", "llama": "mha"}
+    kinds = {"deepseek_v3": "mla", "llama": "mha", "glm4_moe": "mha"}
     if settings.get("model_type") not in kinds:
         raise CheckpointError(f"{folder} holds a {settings.get('model_type')} model; lmlib reads {', '.join(sorted(kinds))}.")
-    attention = kinds[settings["model_type"]]
-    if attention == "mla" and settings["first_k_dense_replace"] < settings["num_hidden_layers"]:
-        raise CheckpointError(f"{folder} has layers of experts (first_k_dense_replace), which this lmlib lacks.")
+    attention, layers = kinds[settings["model_type"]], settings["num_hidden_layers"]
+    dense = min(settings.get("first_k_dense_replace", layers), layers)  # layers without experts, from the first on
+    is_moe = dense == 0
+    if 0 < dense < layers or (settings["model_type"] == "glm4_moe" and not is_moe):
+        raise CheckpointError(
+            f"{folder} has {dense} dense layers of {layers} (first_k_dense_replace); lmlib's layers are all of one kind, and "
+            "GLM's always have experts."
+        )
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["attention_bias", "tie_word_embeddings"]
     if attention == "mla":
         names += ["q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"]
+    if is_moe:
+        names += ["num_experts_per_tok", "moe_intermediate_size"]
     try:
         config = RunConfig(
             attention=attention,
+            feed_forward="moe" if is_moe else "mlp",
+            **({"num_experts": settings["n_routed_experts"]} if is_moe else {}),
             rope_theta=settings["rope_parameters"]["rope_theta"],
             sequence_length=settings["max_position_embeddings"],
             **{name: settings[name] for name in names},
@@ -102,7 +127,7 @@ def config_of(folder: Path) -> RunConfig:
     lacking = [
         f"{name} = {value!r}"
         for name, value in settings.items()
-        if name not in _HARMLESS and value is not None and ours.get(name) != value
+        if name not in (_HARMLESS if is_moe else _HARMLESS | _OF_EXPERTS) and value is not None and ours.get(name) != value
     ]
     head_dim = settings.get("head_dim")
     if attention == "mha" and head_dim not in (None, config.hidden_size // config.num_attention_heads):
@@ -113,11 +138,43 @@ def config_of(folder: Path) -> RunConfig:
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: all parameters by name, a tied head once."""
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    """The tensors that a checkpoint holds: all parameters by name, a tied head once, each expert's matrices by themselves."""
+    tensors = split_experts({name: tensor.detach() for name, tensor in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
+
+
+def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the names on disk, where each expert's matrices stand alone; views, not copies."""
+    split = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for number, matrix in enumerate(tensor):
+                expert = f"{name.removesuffix('gate_up_proj')}{number}"
+                split[f"{expert}.gate_proj.weight"], split[f"{expert}.up_proj.weight"] = matrix.chunk(2)
+        elif name.endswith("experts.down_proj"):
+            for number, matrix in enumerate(tensor):
+                split[f"{name.removesuffix('down_proj')}{number}.down_proj.weight"] = matrix
+        else:
+            split[name] = tensor
+    return split
+
+
+def join_experts(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `split_experts`, put together again under the names and in the shapes of `like`."""
+    joined = {}
+    for name, tensor in like.items():
+        if name.endswith("experts.gate_up_proj"):
+            experts = [f"{name.removesuffix('gate_up_proj')}{number}" for number in range(len(tensor))]
+            pairs = [(tensors[f"{expert}.gate_proj.weight"], tensors[f"{expert}.up_proj.weight"]) for expert in experts]
+            joined[name] = torch.stack([torch.cat(pair) for pair in pairs])
+        elif name.endswith("experts.down_proj"):
+            experts = [f"{name.removesuffix('down_proj')}{number}" for number in range(len(tensor))]
+            joined[name] = torch.stack([tensors[f"{expert}.down_proj.weight"] for expert in experts])
+        else:
+            joined[name] = tensors[name]
+    return joined
 
 
 def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
@@ -137,7 +194,7 @@ def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
 
     with torch.device("meta"):
         model = LanguageModel(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in split_experts(model.state_dict()).items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     found = {name: tuple(file.get_slice(name).get_shape()) for name, file in holder.items() if name in expected}
@@ -148,7 +205,7 @@ def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
     tensors = {name: holder[name].get_tensor(name).float() for name in expected}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.load_state_dict(join_experts(tensors, model.state_dict()), strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if config.tie_word_embeddings:

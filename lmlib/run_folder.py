@@ -3,13 +3,15 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,14 +25,15 @@ from lmlib.data import TokenStore
 # What may differ when a run is continued; a change of anything else would make another run of it.
 MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir"}
 ONLY_MLA = {"q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"}
+ONLY_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
 
 
 @dataclass(frozen=True)
 class Record:
     """One line of metrics.jsonl: what happened at a step.
 
-    `kind` is "step", "eval", "checkpoint" or "done" (or "spike", "nonfinite", "out_of_memory"). Its values are attributes
-    too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
+    `kind` is "step", "eval", "sample", "checkpoint", "profile" or "done" (or "spike", "nonfinite", "out_of_memory").
+    Its values are attributes too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
     """
 
     kind: str
@@ -106,6 +109,50 @@ def one_writer(run_dir: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+BEAT = 5.0  # seconds between two signs of life
+
+
+@contextmanager
+def heartbeat(run_dir: Path) -> Iterator[None]:
+    """While the run goes on, renew heartbeat.json every BEAT seconds, from a thread, so that whoever sees the folder can
+    tell it from a dead one; removed at the end, left behind by a kill."""
+    path, ended = run_dir / "heartbeat.json", threading.Event()
+    sign = json.dumps({"pid": os.getpid(), "machine": platform.node(), "started": now()})
+
+    def beat():
+        while True:
+            with suppress(OSError):  # a full disk is the saver's to report
+                path.write_text(sign)
+            if ended.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def life(run_dir: Path) -> str:
+    """A run's state: "finished", "running", "died" (its last sign of life is old, or its process gone), "stopped", "empty"."""
+    try:
+        age = time.time() - (run_dir / "heartbeat.json").stat().st_mtime
+        sign = read_json(run_dir / "heartbeat.json") or {}
+    except (OSError, ValueError):
+        age, sign = math.inf, {}
+    if age < math.inf:
+        here = isinstance(sign, dict) and sign.get("machine") == platform.node()
+        is_alive = writer(run_dir) is not None if here else age < 6 * BEAT
+        return "running" if is_alive else "died"
+    if (run_dir / "results.json").exists():
+        return "finished"
+    return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
 
 
 def write_json(path: Path, content: Any):
@@ -184,7 +231,8 @@ def recorded_key(run_dir: Path) -> str | None:
 
 def fixed(config: RunConfig) -> dict[str, Any]:
     """The parameters that a run keeps for life: all that it uses but those that may change."""
-    unused = ONLY_MLA if config.attention == "mha" else set()
+    is_moe = config.feed_forward == "moe"
+    unused = (ONLY_MLA if config.attention == "mha" else set()) | ({"intermediate_size"} if is_moe else ONLY_MOE)
     return {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE | unused}
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lmlib import checkpoint, data, optim, pretrained, run_folder
 from lmlib.config import RunConfig, resolve_path, shown
-from lmlib.model import LanguageModel, parameter_count
+from lmlib.model import LanguageModel, active_parameter_count, flops_per_token, parameter_count
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,9 +38,10 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
     if source is None:
         return LanguageModel(config)
     theirs = pretrained.config_of(source)
-    names = ["attention", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    names = ["attention", "feed_forward", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
     names += ["attention_bias", "tie_word_embeddings", "rope_theta"]
     names += sorted(run_folder.ONLY_MLA) if config.attention == "mla" else []
+    names += sorted(run_folder.ONLY_MOE) if config.feed_forward == "moe" else ["intermediate_size"]
     different = [f"{name} to {getattr(theirs, name)!r}" for name in names if getattr(theirs, name) != getattr(config, name)]
     if different:
         raise ValueError(f"The model in {source} has another shape. To start from it, set {', '.join(different)}.")
@@ -113,7 +114,9 @@ def step_of(config: RunConfig, parent: Path | None) -> int | None:
     return checkpoint.verify(parent)["step"]
 
 
-def record_environment(config: RunConfig, store: data.TokenStore, device: torch.device, step: int, parent: Path | None):
+def record_environment(
+    config: RunConfig, store: data.TokenStore, model: LanguageModel, device: torch.device, step: int, parent: Path | None
+):
     """Write config.json and environment.json; when going on, warn of what makes that inexact."""
     run_dir = config.run_dir
     now, before = run_folder.environment(store, device), run_folder.read_json(run_dir / "environment.json")
@@ -121,6 +124,11 @@ def record_environment(config: RunConfig, store: data.TokenStore, device: torch.
         for change in run_folder.changes(before, now):
             warnings.warn(f"Going on may not be bit for bit: {change}.", stacklevel=2)
     now["init_from"] = str(parent) if parent else (before or {}).get("init_from")
+    now["model"] = {
+        "parameter_count": parameter_count(model),
+        "active_parameter_count": active_parameter_count(model),
+        "flops_per_token": flops_per_token(model),
+    }
     session = {"from_step": step, "total_steps": config.total_steps, "started": run_folder.now()}
     now["sessions"] = [*(before["sessions"] if before else []), session]
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmlib import checkpoint, data, evaluation, optim, pretrained, run_folder, session
+from lmlib import checkpoint, data, evaluation, feed_forward, generation, optim, pretrained, run_folder, session
 from lmlib.config import RunConfig
 from lmlib.meter import Meter
-from lmlib.model import LanguageModel, parameter_count
+from lmlib.model import LanguageModel, active_parameter_count, parameter_count
 from lmlib.run_folder import Metrics, Record
 
 
@@ -48,7 +48,8 @@ def train(config: RunConfig) -> Iterator[Record]:
     with session.one_sentence(config.run_dir), session.numerics(config, device):
         parent, store = session.parent_of(config), session.open_store(config)
         config = replace(config, vocab_size=store.vocab_size, init_step=session.step_of(config, parent))
-        with run_folder.one_writer(config.run_dir), session.stop_requests(config.run_dir) as stop_asked:
+        alone, alive = run_folder.one_writer(config.run_dir), run_folder.heartbeat(config.run_dir)
+        with alone, alive, session.stop_requests(config.run_dir) as stop_asked:
             yield from _loop(config, store, device, parent, stop_asked)
 
 
@@ -80,7 +81,7 @@ def _loop(
     if last or config.init_state == "full":
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(last or parent))
     checkpoint.check_space(run_dir, session.disk_needed(config, model, optimizers, begin))
-    session.record_environment(config, store, device, begin, parent)
+    session.record_environment(config, store, model, device, begin, parent)
     micro, skipped, recent = (
         state.get("micro_batch_size", config.micro_batch_size or config.batch_size),
         state["skipped"],
@@ -97,8 +98,16 @@ def _loop(
         metrics.append(record)
         return record
 
-    def evaluate() -> dict[str, Any]:
-        return evaluation.evaluate(model, windows, token_bytes, micro, dtype)
+    def evaluate(step: int) -> Iterator[Record]:
+        nonlocal scores, scored
+        losses, right = evaluation.score_windows(model, windows, micro, dtype)
+        scores, scored = evaluation.summarise(losses, right, windows[:, 1:], token_bytes), step
+        if not math.isfinite(scores["val_perplexity"]):
+            raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
+        yield emit("eval", step, scores)
+        yield emit("sample", step, sample(model, store.tokenizer, windows))
+        if step == config.total_steps:
+            yield emit("profile", step, evaluation.profile(losses, right))
 
     def save(step: int, scheduled: bool):
         saver.save(
@@ -123,9 +132,9 @@ def _loop(
         )
 
     try:
-        scores, scored = (state["scores"], state["scored"]) if last else (evaluate(), begin)
+        scores, scored = (state["scores"], state["scored"]) if last else ({}, begin)
         if not last:
-            yield emit("eval", begin, scores)
+            yield from evaluate(begin)
 
         for step in range(begin + 1, config.total_steps + 1):
             share = optim.schedule(step, config.total_steps, config.warmup_ratio)
@@ -148,6 +157,7 @@ def _loop(
             if is_finite:
                 for optimizer in optimizers:
                     optimizer.step()
+                feed_forward.balance(model)
             meter.end_update()
 
             if not is_finite:
@@ -166,12 +176,11 @@ def _loop(
             is_last = step == config.total_steps
             if is_finite and (step % config.log_every == 0 or is_last):
                 values = {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm}
+                if config.feed_forward == "moe":
+                    values["expert_load"] = feed_forward.expert_load(model)
                 yield emit("step", step, values, meter.speed(step))
             if step % config.eval_every == 0 or is_last:
-                scores, scored = evaluate(), step
-                if not math.isfinite(scores["val_perplexity"]):
-                    raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
-                yield emit("eval", step, scores)
+                yield from evaluate(step)
             is_saved = step % config.checkpoint_every == 0 or is_last
             if is_saved:
                 record = emit(
@@ -216,6 +225,7 @@ def gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, se
     device = next(model.parameters()).device
     model.train()
     model.zero_grad(set_to_none=True)
+    feed_forward.start_counting(model)
     loss = 0.0
     for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -249,13 +259,26 @@ def is_spike(loss: float, recent: list[float]) -> bool:
 # ---------------------------------------------------------------------------------------------------
 # Results
 
+PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # what each evaluation lets the model write
+
+
+def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, list[str]]:
+    """How the model goes on from the beginnings of the first held-out windows, greedily: always the same prompts."""
+    prompt = min(PROMPT_TOKENS, windows.shape[1] // 2)
+    new = min(SAMPLE_TOKENS, windows.shape[1] - prompt)
+    model.eval()
+    ids = windows[:PROMPTS, :prompt].tolist()
+    texts = generation.finish(generation.write(model, tokenizer, ids, generation.Settings(new, temperature=0)))
+    return {"prompts": [tokenizer.decode(row) for row in ids], "texts": [text.text for text in texts]}
+
 
 def summary(config: RunConfig, model: LanguageModel, skipped: list[int]) -> dict[str, Any]:
     """What results.json says of the run beside its scores and times."""
     count = parameter_count(model)
     return {
-        "model_name": f"{'attention_' if config.attention == 'mla' else ''}mlp_{config.hidden_size}d",
+        "model_name": model_name(config),
         "parameter_count": count,
+        "active_parameter_count": active_parameter_count(model),
         "parameters_millions": round(count / 1e6, 3),
         "total_steps": config.total_steps,
         "checkpoint_every": config.checkpoint_every,
@@ -263,6 +286,13 @@ def summary(config: RunConfig, model: LanguageModel, skipped: list[int]) -> dict
         "tokens_trained": config.total_steps * config.batch_size * config.sequence_length,
         "steps_skipped": skipped,
     }
+
+
+def model_name(config: RunConfig) -> str:
+    """As Experiment 8 names its models: attention_mlp_512d, moe_8e_2k_512d."""
+    experts = f"moe_{config.num_experts}e_{config.num_experts_per_tok}k"
+    kind = "mlp" if config.feed_forward == "mlp" else experts
+    return f"{'attention_' if config.attention == 'mla' else ''}{kind}_{config.hidden_size}d"
 
 
 def draw_curves(run_dir: Path):

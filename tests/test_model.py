@@ -7,11 +7,13 @@ import transformers
 
 from lmlib.attention import causal_attention
 from lmlib.config import PROJECT_ROOT, RunConfig
+from lmlib.feed_forward import balance, expert_load, grouped_linear, routers, start_counting
 from lmlib.model import HeadLoss, LanguageModel, flops_per_token, parameter_count
 from lmlib.pretrained import stock_config
 
 SHAPE = {"vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 80}
 MLA = {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
+MOE = {"feed_forward": "moe", "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SHAPES = {
     "usual": {**MLA, "q_lora_rank": 24},
     "query not compressed": MLA,
@@ -23,6 +25,10 @@ SHAPES = {
     "heads that do not divide the width": {**MLA, "num_attention_heads": 7, "rope_theta": 500.0},
     "plain attention": {"attention": "mha"},
     "plain attention, biases, untied": {"attention": "mha", "attention_bias": True, "tie_word_embeddings": False},
+    "experts": {**MLA, **MOE},
+    "experts, one group a product": {**MLA, **MOE, "num_experts": 3, "moe_intermediate_size": 21},
+    "experts, plain attention": {"attention": "mha", **MOE},
+    "experts, plain attention, biases": {"attention": "mha", **MOE, "attention_bias": True, "num_experts_per_tok": 3},
 }
 
 
@@ -31,9 +37,10 @@ def pair(overrides) -> tuple[LanguageModel, torch.nn.Module]:
     config = RunConfig(**{**SHAPE, **overrides})
     ours = LanguageModel(config)
     generator = torch.Generator().manual_seed(1)
-    for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    for tensor in (*ours.parameters(), *ours.buffers()):
+        torch.nn.init.normal_(tensor, std=0.3, generator=generator)
     settings = stock_config(config)
+    settings._experts_implementation = "eager"  # the loop over experts: torch's grouped product has no float64
     stock = getattr(transformers, settings.architectures[0])._from_config(settings, attn_implementation="sdpa")
     stock.load_state_dict(ours.state_dict(), strict=True)
     ours.load_state_dict(stock.state_dict(), strict=True)
@@ -63,7 +70,7 @@ def test_parameter_counts_of_the_experiments(recipe, count):
     assert parameter_count(model) == count
 
 
-@pytest.mark.parametrize("name", ["usual", "plain attention"])
+@pytest.mark.parametrize("name", ["usual", "plain attention", "experts", "experts, plain attention"])
 def test_no_logit_changes_with_a_later_token(name):
     model, _ = pair(SHAPES[name])
     ids = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(3))
@@ -124,6 +131,43 @@ def test_flops_are_counted_from_the_matrices_that_multiply():
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)  # tied: the table once, as the head
     attention = 3 * 2 * 3 * 3 * (20 + 16) * 32  # forward + 2 backward, 2 operations, layers, heads, widths, mean context
     assert flops_per_token(model) == 6 * matrices + attention
+
+
+@pytest.mark.parametrize("width", [24, 21])  # strides that the grouped product takes, and that it does not
+def test_grouped_products_are_those_of_each_group(width):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(12, width, generator=generator).requires_grad_()
+    weight = torch.randn(4, 2 * width, width, generator=generator).requires_grad_()
+    ends = torch.tensor([5, 5, 6, 12])  # one group is empty
+    expected = torch.cat([x[:5] @ weight[0].T, x[5:6] @ weight[2].T, x[6:] @ weight[3].T])
+    ours = grouped_linear(x, weight, ends)
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
+    cotangent = torch.randn(12, 2 * width, generator=generator)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (x, weight), cotangent), torch.autograd.grad(expected, (x, weight), cotangent), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_routers_even_out_the_load_that_training_gave_them():
+    model = LanguageModel(RunConfig(**SHAPE, **MLA, **MOE))
+    ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(7))
+    start_counting(model)
+    model.train()(ids)
+    model.eval()(ids)  # reading is no training
+    loads = [router.load.clone() for router in routers(model)]
+    assert [int(load.sum()) for load in loads] == [4 * 32 * 2] * 3
+    assert all(abs(sum(layer) - 1) < 1e-3 and len(layer) == 5 for layer in expert_load(model))
+    balance(model)
+    for router, load in zip(routers(model), loads, strict=True):
+        moved = (4 * 32 * 2 / 5 - load.double()).sign().float() * 0.001
+        assert torch.equal(router.e_score_correction_bias, moved) and moved.unique().numel() > 1
+    router, tokens = routers(model)[0], torch.randn(256, 48, generator=torch.Generator().manual_seed(8))
+    for _ in range(1500):  # without learning, the bias alone brings the shares together
+        start_counting(router)
+        router.train()(tokens)
+        balance(router)
+    assert router.load.double().std() < loads[0].double().std() / 3
 
 
 def test_a_model_without_a_vocabulary_says_what_is_missing():
