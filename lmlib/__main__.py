@@ -1,4 +1,4 @@
-"""The terminal: python -m lmlib train | notebook | generate | checkpoints | runs | stop."""
+"""The terminal: python -m lmlib train | notebook | sweep | find-rate | generate | checkpoints | runs | stop."""
 
 import argparse
 import os
@@ -62,6 +62,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=("text", "jsonl"), help="of batch mode (text; jsonl if the output's name says so)")
     for name, default in SETTINGS.items():
         command.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"({default})")
+
+    command = add("sweep", sweep, "train every recipe, or every combination of parameters, by papermill")
+    command.add_argument("params", nargs="+", help="recipes")
+    command.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter")
+    command.add_argument("--jobs", type=int, help="runs at once (one a CUDA device; else one)")
+
+    command = add("find-rate", find_rate, "try learning rates of every size on a copy of the model, and suggest one")
+    command.add_argument("params", nargs="?", default="params/quickstart.yaml", help="a recipe in params/")
+    command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    command.add_argument(
+        "--confirm", type=int, metavar="STEPS", help="then train so many steps with the suggestion and beside it"
+    )
 
     add("checkpoints", checkpoints, "list a run's checkpoints").add_argument("run")
     add("runs", runs, "list the runs").add_argument("output_dir", nargs="?", default="outputs")
@@ -139,6 +151,45 @@ def notebook(options: argparse.Namespace):
     return 0
 
 
+def sweep(options: argparse.Namespace) -> int:
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
+    if short := [given[0] for given in options.p if len(given) < 2]:
+        raise ValueError(f"-p {short[0]} has no value: write -p NAME VALUE, or several values, as in -p seed 0 1 2")
+    pairs = {name: [parse_overrides([(name, value)])[name] for value in values] for name, *values in options.p}
+    from lmlib import sweep
+
+    return report(sweep.plan(options.params, pairs), options.jobs)
+
+
+def report(configs: list[RunConfig], jobs: int | None) -> int:
+    """Run a sweep and say how each run ended; 1 if one failed."""
+    from lmlib import comparison, sweep
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"{len(configs)} runs in {', '.join(sorted({str(config.run_dir.parent) for config in configs}))}.", flush=True)
+    failed = 0
+    for number, outcome in enumerate(sweep.sweep(configs, jobs), 1):
+        failed += outcome.state == "failed"
+        said = f": {printable(outcome.said)}" if outcome.state == "failed" else ""
+        print(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{said}", flush=True)
+    print("\n" + printable(comparison.difference([c.run_dir for c in configs if (c.run_dir / "results.json").exists()])))
+    return 1 if failed else 0
+
+
+def find_rate(options: argparse.Namespace) -> int:
+    config = RunConfig.load(options.params, **parse_overrides(options.p))
+    from lmlib import sweep
+
+    found = sweep.find_learning_rate(config)
+    for factor, loss in list(zip(found.factors, found.losses, strict=True))[:: max(1, len(found.factors) // 20)]:
+        print(f"{factor:8.3g} x the recipe's rates: loss {loss:.4f}")
+    if not found.suggestion:
+        raise ValueError("The loss did not fall at any rate: nothing to suggest.")
+    print("Suggested:", " ".join(f"-p {name} {rate:g}" for name, rate in found.suggestion.items()), flush=True)
+    return report(sweep.candidates(found, options.confirm), None) if options.confirm else 0
+
+
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
@@ -190,17 +241,16 @@ def _print_checkpoints(run_dir: Path):
 
 
 def runs(options: argparse.Namespace):
-    from lmlib import figures
+    from lmlib import runs
 
     folder = resolve_path(options.output_dir)
-    found = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
-    for run_dir in found:
-        frame = figures.read_runs(run_dir)
-        best = frame["val_loss"].min() if "val_loss" in frame else None
-        state = "finished" if (run_dir / "results.json").exists() else "unfinished"
-        step = int(frame["step"].max()) if len(frame) else 0
-        score = "-" if best is None else f"{best:.4f}"
-        print(f"{printable(run_dir.name):<24} {state:<11} step {step:>7}  best held-out loss {score}")
+    found = runs.find_runs(folder)
+    table = runs.results_table(found) if found else []
+    for run_dir, (_, row) in zip(found, table.iterrows() if found else [], strict=True):
+        best = row.get("best")
+        score = f"{best:.4f} at step {int(row['at step'])}" if best == best and best is not None else "-"
+        name = printable(str(run_dir.relative_to(folder)))
+        print(f"{name:<32} step {row['steps']:>7}  best held-out loss {score:<22}  {printable(row['state'])}")
     if not found:
         print(f"There is no run in {folder}.")
 

@@ -65,10 +65,10 @@ class Experts(nn.Module):
         M, K = experts.shape
         order = experts.flatten().argsort(stable=True)  # (M K,) each expert's tokens behind each other
         ends = torch.bincount(experts.flatten(), minlength=len(self.down_proj)).cumsum(0)  # (E,)
-        gate, up = grouped_linear(x[order // K], self.gate_up_proj, ends).chunk(2, dim=-1)  # (M K, I)
+        gate, up = grouped_linear(x.index_select(0, order // K), self.gate_up_proj, ends).chunk(2, dim=-1)  # (M K, I)
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (M K, C)
-        y = y[order.argsort()].view(M, K, -1)  # back beside the token and choice it belongs to
-        return (y * weights[:, :, None].to(y.dtype)).sum(1)
+        y = y.index_select(0, order.argsort()).view(M, K, -1)  # back beside the token and choice it belongs to
+        return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
 
 
 class MixtureOfExperts(nn.Module):

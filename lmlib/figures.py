@@ -1,21 +1,26 @@
-"""Runs read as data frames, and figures drawn from them: Plotly to explore, PNG to print."""
+"""Figures of runs: Plotly to explore, and the same figure as a PNG to print. Both read on light and on dark pages."""
 
-import base64
 import html
-import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmlib.config import resolve_path
+from lmlib.pictures import GREY, bundle, png
+from lmlib.runs import AXES, parameters_table, read_runs, results_table, resumes
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+__all__ = ["parameters_table", "read_runs", "results_table"]  # what notebooks find here beside the figures
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, on white and on black; beyond the seventh run dashes help.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
+DASHES = ["solid", "dash", "dot", "dashdot"]
+FAINT = "rgba(128, 128, 128, 0.25)"
+POINTS = 1000  # of a line are drawn, at most
 
 # (title, value of held-out evaluations, value of training steps, scale)
 PANELS = [
@@ -28,76 +33,25 @@ PANELS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_runs(run_dirs: list[str | Path] | str | Path) -> pd.DataFrame:
-    """Every record of the runs as rows: run, kind, step, and a column for each value and time.
-
-    A run being written, a torn last line or no records at all are shown as far as they go.
-
-    Raises:
-        ValueError: a folder is not there.
-    """
-    rows = []
-    for run_dir in [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs:
-        folder = resolve_path(run_dir)
-        if not folder.is_dir():
-            raise ValueError(f"There is no run {run_dir}. `python -m lmlib runs` lists the runs.")
-        file = folder / "metrics.jsonl"
-        for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else []:
-            try:
-                record = json.loads(line)
-                rows.append({"run": folder.name, **record, **record.pop("timing", {})})
-            except (ValueError, TypeError, AttributeError):
-                continue
-    frame = pd.DataFrame(rows).drop(columns="timing", errors="ignore")
-    for column in ("run", "kind", "step"):
-        if column not in frame:
-            frame[column] = pd.Series(dtype="float64" if column == "step" else "object")
-    return frame
-
-
-def results_table(run_dirs: list[str | Path]) -> pd.DataFrame:
-    """A row a run: its last and best held-out scores, size and cost. All scores are on held-out text."""
-    frame, rows = read_runs(run_dirs), {}
-    for run in frame["run"].unique():
-        of_run = frame[frame["run"] == run]
-        evals = of_run[of_run["kind"] == "eval"]
-        if evals.empty:
-            rows[run] = {"steps": int(of_run["step"].max())}
-            continue
-        last, best = evals.iloc[-1], evals.loc[evals["val_loss"].idxmin()]
-        rows[run] = {
-            "steps": int(of_run["step"].max()),
-            "held-out loss": last["val_loss"],
-            "± standard error": last["val_loss_stderr"],
-            "best": best["val_loss"],
-            "at step": int(best["step"]),
-            "accuracy": last["val_accuracy"],
-            "perplexity": last["val_perplexity"],
-            "bits per byte": last["val_bits_per_byte"],
-            "minutes": of_run["seconds"].max() / 60,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
-
-
 def describe(record: Any, total_steps: int) -> str:
     """A record as a line of plain text."""
     if record.kind == "step":
-        left = int(record.seconds_left)
         return (
             f"Step {record.step}/{total_steps}: Loss={record.loss:.4f} | {record.tokens_per_second:,.0f} tokens/s"
-            f" | {record.utilisation:.0%} of peak | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            f" | {record.utilisation:.0%} of peak | {clock(record.seconds_left)} left"
         )
     if record.kind == "eval":
         return (
             f"   Val Loss: {record.val_loss:.4f}, Val Acc: {record.val_accuracy:.4f},"
             f" Perplexity: {record.val_perplexity:.2f}, Bits per byte: {record.val_bits_per_byte:.4f}"
         )
+    if record.kind == "sample":
+        return f"   Text: {json.dumps(record.prompts[0], ensure_ascii=False)} → {json.dumps(record.texts[0], ensure_ascii=False)}"
     if record.kind == "checkpoint":
         return f"💾 Checkpoint saved: {record.path}"
+    if record.kind == "profile":
+        first, last = record.val_loss_by_position[0], record.val_loss_by_position[-1]
+        return f"   Held-out loss at the first position of a window: {first:.4f}, at the last: {last:.4f}"
     if record.kind == "done":
         return f"Done: {record.step} steps, held-out loss {record.val_loss:.4f}, bits per byte {record.val_bits_per_byte:.4f}"
     if record.kind == "spike":
@@ -105,132 +59,258 @@ def describe(record: Any, total_steps: int) -> str:
     return f"Step {record.step}/{total_steps}: ⚠ {record.kind} {record.values}"
 
 
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
 # ---------------------------------------------------------------------------------------------------
-# Drawing
+# Curves
 
 
-def training_curves(frame: pd.DataFrame) -> go.Figure:
-    """Six panels over the steps, a colour a run; a button turns the loss's axis from linear to logarithmic."""
+def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, log_x: bool = False) -> go.Figure:
+    """Six panels over steps, tokens, minutes or flops (`x`), a colour a run.
+
+    The raw training loss stands faint under the one smoothed over `smoothing` records (None: a fifteenth of the run);
+    diamonds are checkpoints, triangles are resumes. A button turns the loss's axis from linear to logarithmic.
+    """
     figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS], vertical_spacing=0.16)
-    runs = list(frame["run"].unique())
+    runs = names_of(frame)
     for number, run in enumerate(runs):
-        for place, lines in enumerate(panel_lines(frame[frame["run"] == run])):
+        folder = frame.attrs.get("runs", {}).get(run)
+        for place, lines in enumerate(panel_lines(frame[frame["run"] == run], x, smoothing, folder)):
             for line in lines:
                 figure.add_scatter(
                     x=line["x"],
                     y=line["y"],
-                    mode="lines+markers" if line["held_out"] else "lines",
-                    line={"color": colour(number, line, len(runs)), "width": 2 if line["bold"] else 1},
-                    marker={"size": 5},
+                    mode=line["mode"],
+                    line={"color": colour(number, line, len(runs)), "width": 2 if line["bold"] else 1, "dash": dash(number)},
+                    marker={
+                        "size": 9 if line["symbol"] else 5,
+                        "symbol": line["symbol"],
+                        "color": colour(number, line, len(runs)),
+                    },
                     error_y={"array": line["error"], "thickness": 1, "width": 0} if line["error"] else None,
                     opacity=1 if line["bold"] else 0.35,
                     name=html.escape(f"{run}, {line['name']}" if len(runs) > 1 else line["name"]),
                     legendgroup=run,
-                    showlegend=place == 0,
+                    showlegend=place == 0 and bool(line["x"]) and (len(runs) == 1 or line["name"] == "held-out"),
                     row=place // 3 + 1,
                     col=place % 3 + 1,
                 )
     for place, (_, _, _, scale) in enumerate(PANELS):
         figure.update_yaxes(type=scale, row=place // 3 + 1, col=place % 3 + 1)
-    figure.update_xaxes(title_text="step", row=2)
+    figure.update_xaxes(title_text=AXES[x], row=2)
+    figure.update_xaxes(type="log" if log_x else "linear")
     buttons = [{"label": f"{s} loss", "method": "relayout", "args": [{"yaxis.type": s}]} for s in ("linear", "log")]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 1.2, "xanchor": "left"}
-    return figure.update_layout(
-        template="plotly_white",
-        height=560,
-        margin={"l": 50, "r": 20, "t": 90, "b": 50},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"},
-        updatemenus=[menu],
-    )
+    menu |= {"bgcolor": "rgba(128, 128, 128, 0.15)", "bordercolor": FAINT}
+    return on_any_page(figure, height=560).update_layout(updatemenus=[menu])
 
 
-def panel_lines(frame: pd.DataFrame) -> list[list[dict[str, Any]]]:
-    """The lines of each panel for one run: x, y, error (or None), name, whether bold, whether held-out."""
-    steps, evals = frame[frame["kind"] == "step"], frame[frame["kind"] == "eval"]
+def panel_lines(
+    frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, folder: str | None = None
+) -> list[list[dict[str, Any]]]:
+    """The lines of each panel for one run: x, y, error (or None), name, whether bold, mode and symbol."""
+    steps, evals, saved = (frame[frame["kind"] == kind] for kind in ("step", "eval", "checkpoint"))
     panels = []
-    for _, held_out, training, _ in PANELS:
+    for place, (_, held_out, training, _) in enumerate(PANELS):
         lines = []
         if training is not None:
-            lines.append(_line(steps, training, "training", bold=held_out is None))
+            lines.append(_line(steps, x, training, "training", bold=held_out is None))
         if training == "loss":
-            smooth = steps.assign(loss=steps["loss"].ewm(span=max(2, len(steps) // 15)).mean()) if training in steps else steps
-            lines.append(_line(smooth, "loss", "training, smoothed", bold=True))
+            span = smoothing or max(2, len(steps) // 15)
+            smooth = steps.assign(loss=steps["loss"].ewm(span=max(1, span)).mean()) if training in steps else steps
+            lines.append(_line(smooth, x, "loss", "training, smoothed", bold=True))
         if held_out is not None:
-            lines.append(_line(evals, held_out, "held-out", bold=True, error=f"{held_out}_stderr"))
+            lines.append(_line(evals, x, held_out, "held-out", bold=True, error=f"{held_out}_stderr", mode="lines+markers"))
+        if place == 0:
+            lines.append(_line(saved, x, "val_loss", "checkpoints", bold=True, mode="markers", symbol="diamond-open"))
+            started = resumes(folder) if folder else []
+            again = pd.DataFrame(
+                {"step": started, **{name: _at(evals, started, name) for name in (*AXES, "val_loss") if name != "step"}}
+            )
+            lines.append(_line(again, x, "val_loss", "resumed here", bold=True, mode="markers", symbol="triangle-up"))
         panels.append(lines)
     return panels
 
 
-def _line(rows: pd.DataFrame, column: str, name: str, bold: bool, error: str | None = None) -> dict[str, Any]:
+def _line(
+    rows: pd.DataFrame,
+    x: str,
+    column: str,
+    name: str,
+    bold: bool,
+    error: str | None = None,
+    mode: str = "lines",
+    symbol: str | None = None,
+) -> dict[str, Any]:
     """One line, without points where the rows have no such column, so that a chart keeps its lines from the start."""
-    rows = rows if column in rows else rows.iloc[:0]
-    values = pd.to_numeric(rows[column], errors="coerce").tolist() if len(rows) else []
+    rows = rows[rows[x].notna()] if column in rows and x in rows else rows.iloc[:0]
+    rows = rows.iloc[_kept(rows[column].to_numpy(float))] if len(rows) > POINTS else rows
     return {
-        **{"name": name, "x": rows["step"].tolist(), "y": values, "bold": bold},
-        **{"error": rows[error].tolist() if error in rows else None, "held_out": name == "held-out"},
+        **{"x": rows[x].tolist() if len(rows) else [], "y": rows[column].tolist() if len(rows) else [], "name": name},
+        **{"error": rows[error].tolist() if error in rows else None, "bold": bold, "mode": mode, "symbol": symbol},
     }
+
+
+def _kept(values: np.ndarray) -> np.ndarray:
+    """Which of many points are drawn: the lowest and the highest of each of POINTS / 2 stretches, so that no spike is lost."""
+    edges = np.linspace(0, len(values), POINTS // 2 + 1).astype(int)
+    shown = np.nan_to_num(values, nan=np.inf)
+    low = [start + shown[start:end].argmin() for start, end in zip(edges, edges[1:], strict=False)]
+    high = [start + np.nan_to_num(values[start:end], nan=-np.inf).argmax() for start, end in zip(edges, edges[1:], strict=False)]
+    return np.unique([*low, *high, len(values) - 1])
+
+
+def _at(rows: pd.DataFrame, steps: list[int], column: str) -> list[float]:
+    """A column's values at steps between its records."""
+    known = rows[rows[column].notna()] if column in rows else rows.iloc[:0]
+    return np.interp(steps, known["step"], known[column]).tolist() if len(known) else [np.nan] * len(steps)
+
+
+def names_of(frame: pd.DataFrame) -> list[str]:
+    """The runs of a frame in the order in which they were asked for, which decides their colours in every figure."""
+    return list(frame.attrs.get("runs") or frame["run"].unique())
 
 
 def colour(number: int, line: dict[str, Any], runs: int) -> str:
     """A colour a run; with one run alone, training and held-out text have one each."""
-    return COLOURS[(number if runs > 1 else int(line["name"].startswith("training,") or line["name"] == "training")) % 7]
+    return COLOURS[(number if runs > 1 else int(line["name"].startswith("training"))) % len(COLOURS)]
 
 
-def curves_png(frame: pd.DataFrame) -> bytes:
-    """The same six panels as a PNG, drawn by matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def dash(number: int) -> str:
+    return DASHES[number // len(COLOURS) % len(DASHES)]
 
-    figure = Figure(figsize=(10.8, 6), dpi=80, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    runs = list(frame["run"].unique())
+
+def on_any_page(figure: go.Figure, height: int) -> go.Figure:
+    """Without a background and in greys that read on white and on black."""
+    figure.update_xaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
+    figure.update_yaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
+    figure.update_annotations(font={"size": 14})
+    return figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"color": GREY},
+        height=height,
+        margin={"l": 55, "r": 20, "t": 90, "b": 50},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other views of the same runs
+
+
+def loss_by_position(frame: pd.DataFrame) -> go.Figure:
+    """Held-out loss and accuracy by position in the window, as the finished runs among these recorded them."""
+    titles = ["Held-out loss by position in the window (nats)", "Held-out accuracy by position"]
+    figure, runs = make_subplots(1, 2, subplot_titles=titles), names_of(frame)
+    profiles = frame[frame["kind"] == "profile"]
     for number, run in enumerate(runs):
-        for place, lines in enumerate(panel_lines(frame[frame["run"] == run])):
-            for line in lines:
-                axes.flat[place].errorbar(
-                    line["x"],
-                    line["y"],
-                    yerr=line["error"],
-                    elinewidth=1,
-                    color=colour(number, line, len(runs)),
-                    linewidth=2 if line["bold"] else 1.2,
-                    alpha=1 if line["bold"] else 0.45,
-                    marker="o" if line["held_out"] else None,
-                    markersize=3,
-                    label=f"{run}, {line['name']}" if len(runs) > 1 else line["name"],
-                )
-    for axis, (title, _, _, scale) in zip(axes.flat, PANELS, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_yscale(scale)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
-    if runs:
-        for text in axes.flat[0].legend(fontsize=8, frameon=False).get_texts():
-            text.set_parse_math(False)  # a run's name may hold dollars
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(png)
-    return png.getvalue()
+        last = profiles[profiles["run"] == run].tail(1).to_dict("records")
+        for place, column in enumerate(("val_loss_by_position", "val_accuracy_by_position")):
+            values = last[0].get(column) if last else None
+            positions, means = _stretches(values if isinstance(values, list) else [])
+            figure.add_scatter(
+                x=positions,
+                y=means,
+                mode="lines+markers",
+                marker={"size": 4, "color": COLOURS[number % len(COLOURS)]},
+                line={"color": COLOURS[number % len(COLOURS)], "dash": dash(number), "width": 1.5},
+                name=html.escape(run),
+                legendgroup=run,
+                showlegend=place == 0,
+                row=1,
+                col=place + 1,
+            )
+    figure.update_xaxes(type="log", title_text="position")
+    return on_any_page(figure, height=380)
+
+
+def _stretches(values: list[float]) -> tuple[list[float], list[float]]:
+    """Means of values over stretches that grow with the position (1, 2, 3, ... then four to each doubling), and their middles."""
+    edges = np.unique(np.geomspace(1, len(values) + 1, 4 * len(values).bit_length() + 1).round().astype(int)) if values else []
+    pairs = list(zip(edges, edges[1:], strict=False))
+    return [(a + b - 1) / 2 for a, b in pairs], [float(np.mean(values[a - 1 : b - 1])) for a, b in pairs]
+
+
+def cost(frame: pd.DataFrame) -> go.Figure:
+    """The last held-out loss of each run against its parameters, minutes and floating-point operations."""
+    runs = names_of(frame)
+    table = results_table(frame.attrs.get("runs", {}).values())
+    columns = {"parameters": "parameters (open: active)", "minutes": "minutes of training", "FLOPs": "floating-point operations"}
+    figure = make_subplots(1, 3, subplot_titles=[f"Held-out loss by {name}" for name in columns.values()])
+    for number, run in enumerate(runs):
+        row = table.loc[run]
+        for place, column in enumerate(columns):
+            values = [row.get(column), row.get("active")] if column == "parameters" else [row.get(column)]
+            shown = [value for value in values if value is not None]
+            figure.add_scatter(
+                x=shown,
+                y=[row.get("held-out loss")] * len(shown),
+                mode="markers",
+                marker={"color": COLOURS[number % len(COLOURS)], "size": 11, "symbol": ["circle", "circle-open"][: len(shown)]},
+                name=html.escape(run),
+                legendgroup=run,
+                showlegend=place == 0,
+                row=1,
+                col=place + 1,
+            )
+    for axis, column in zip(("xaxis", "xaxis2", "xaxis3"), columns, strict=True):
+        known = pd.to_numeric(table.get(column, pd.Series(dtype=float)), errors="coerce").dropna()
+        figure.layout[axis].type = "log" if len(known) and known.min() > 0 and known.max() > 10 * known.min() else "linear"
+    return on_any_page(figure, height=380)
+
+
+def expert_load(frame: pd.DataFrame) -> go.Figure:
+    """How evenly the routers of each run spread the tokens: an expert's share of a step's choices over an even share, a row
+    an expert, layer above layer; 1 is even."""
+    known = frame[frame["expert_load"].map(lambda load: isinstance(load, list))] if "expert_load" in frame else frame.iloc[:0]
+    runs = [run for run in names_of(frame) if run in set(known["run"])]
+    figure = make_subplots(1, max(1, len(runs)), subplot_titles=[html.escape(run) for run in runs] or ["No run has experts"])
+    for place, run in enumerate(runs):
+        rows = known[known["run"] == run]
+        shares = [[share * len(layer) for layer in load for share in layer] for load in rows["expert_load"]]
+        load = rows["expert_load"].iloc[0]
+        figure.add_heatmap(
+            x=rows["step"].tolist(),
+            y=[f"{n}.{e}" for n, layer in enumerate(load) for e in range(len(layer))],
+            z=np.array(shares).T.tolist(),
+            coloraxis="coloraxis",
+            name=html.escape(run),
+            row=1,
+            col=place + 1,
+        )
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(type="category", tickfont={"size": 9})
+    figure.update_yaxes(title_text="layer.expert", col=1)
+    scale = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2, "colorbar": {"title": {"text": "share"}}}
+    return on_any_page(figure, height=420).update_layout(coloraxis=scale)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Every form that a reader may show
 
 
 def chart_bundle(frame: pd.DataFrame) -> dict[str, Any]:
-    """The curves in every form that a notebook's reader may show: Plotly's JSON, a PNG, and a word."""
-    return {
-        "application/vnd.plotly.v1+json": json.loads(training_curves(frame).to_json()),
-        "image/png": base64.b64encode(curves_png(frame)).decode(),
-        "text/plain": f"Training curves of {', '.join(map(str, frame['run'].unique())) or 'no run'}",
-    }
+    """The training curves in every form."""
+    return bundle(training_curves(frame), f"Training curves of {', '.join(map(str, names_of(frame))) or 'no run'}")
+
+
+def curves_png(frame: pd.DataFrame) -> bytes:
+    return png(training_curves(frame))
 
 
 def save_curves(run_dir: str | Path):
     """Write training_curves.png and training_curves.html (interactive, self-contained) into the run's folder."""
-    folder, frame = resolve_path(run_dir), read_runs(run_dir)
-    for name, content in (
-        ("training_curves.png", curves_png(frame)),
-        ("training_curves.html", training_curves(frame).to_html(include_plotlyjs=True).encode()),
-    ):
+    folder = resolve_path(run_dir)
+    figure = training_curves(read_runs(folder))
+    page = figure.to_html(include_plotlyjs=True, full_html=False)
+    head = '<!doctype html><html><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    page = f"{head}<title>{html.escape(folder.name)}</title></head><body>{page}</body></html>"
+    for name, content in (("training_curves.png", png(figure)), ("training_curves.html", page.encode())):
         draft = folder / f".{name}.draft"
         draft.write_bytes(content)
         draft.replace(folder / name)

@@ -1,0 +1,119 @@
+"""Models compared over seeds: which is better, by how much, at what cost, and whether the difference is more than noise."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lmlib.figures import COLOURS, on_any_page
+from lmlib.runs import named_folders, read_file, results_table
+
+# Student's t for 95 % of both sides, by degrees of freedom; beyond the table the normal distribution's 1.96 is near enough.
+T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
+
+
+def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+    """A row a run: the model it is of, its seed, what it was judged on, and `results_table`'s columns."""
+    folders, table = named_folders(run_dirs), results_table(run_dirs)
+    configs = {run: read_file(folder / "config.json") for run, folder in folders.items()}
+    kinds = {
+        run: json.dumps({k: v for k, v in c.items() if k not in NOT_THE_MODEL}, sort_keys=True) for run, c in configs.items()
+    }
+    prints = {run: read_file(folder / "environment.json").get("fingerprints") for run, folder in folders.items()}
+    table["seed"] = [configs[run].get("seed") for run in table.index]
+    table["model"] = _labels(kinds)
+    table["judged on"] = [json.dumps(prints[run], sort_keys=True) for run in table.index]
+    return table
+
+
+def _labels(kinds: dict[str, str]) -> list[str]:
+    """A name for each run's model: the run's, without its seed, told apart where two models would share one."""
+    names = {run: re.sub(r"-seed\d+", "", run) for run in kinds}
+    taken: dict[str, list[str]] = {}
+    for run, kind in kinds.items():
+        known = taken.setdefault(names[run], [])
+        if kind not in known:
+            known.append(kind)
+    return [
+        names[run] + (f" ({taken[names[run]].index(kind) + 1})" if len(taken[names[run]]) > 1 else "")
+        for run, kind in kinds.items()
+    ]
+
+
+def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+    """A row a model, best first: the mean last held-out loss of its finished runs, its spread over seeds, and its distance to the
+    best model with a 95 % interval, from the differences between runs of the same seed.
+
+    `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", or "other text": a loss on
+    another held-out text or tokenizer cannot be compared.
+    """
+    table = scores(run_dirs)
+    done = table[[str(state).startswith("finished") for state in table["state"]]]
+    done = done[done["held-out loss"].notna()] if "held-out loss" in done else done.iloc[:0]
+    if done.empty:
+        return pd.DataFrame(columns=["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict"])
+    means = done.groupby("model")["held-out loss"].mean().sort_values()
+    best = done[done["model"] == means.index[0]]
+    rows: dict[str, dict[str, Any]] = {}
+    for model in means.index:
+        runs = done[done["model"] == model]
+        behind, error, verdict = _against(best, runs)
+        rows[model] = {
+            "seeds": len(runs),
+            "held-out loss": means[model],
+            "spread": runs["held-out loss"].std(),
+            "behind the best": behind,
+            "± 95 %": error,
+            "verdict": "best" if model == means.index[0] else verdict,
+            **{name: runs[name].mean() for name in ("accuracy", "parameters", "active", "minutes", "FLOPs")},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def _against(best: pd.DataFrame, runs: pd.DataFrame) -> tuple[float, float, str]:
+    """(mean difference, half of its 95 % interval, verdict) over the seeds that both have."""
+    if set(best["judged on"]) != set(runs["judged on"]):
+        return math.nan, math.nan, "other text"
+    ours, theirs = (frame.groupby("seed")["held-out loss"].mean() for frame in (best, runs))
+    differences = (theirs - ours).dropna()
+    n = len(differences)
+    if n < 2:
+        return (differences.mean() if n else math.nan), math.nan, "one seed: unknown"
+    error = (T95[n - 1] if n <= len(T95) else 1.96) * differences.std() / math.sqrt(n)
+    return differences.mean(), error, "worse" if differences.mean() > error else "within the noise"
+
+
+def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
+    """A line a model, best below: a dot for each seed's last held-out loss, a bar at their mean."""
+    table, order = scores(run_dirs), list(ranking(run_dirs).index)
+    figure = go.Figure()
+    for number, model in enumerate(order[::-1]):
+        runs = table[table["model"] == model]
+        values = [value for value in runs["held-out loss"] if value == value]
+        color = COLOURS[(len(order) - 1 - number) % len(COLOURS)]
+        name = html.escape(model)
+        figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker={"color": color, "size": 9}, name=name)
+        mean = sum(values) / len(values)
+        figure.add_scatter(
+            x=[mean], y=[name], mode="markers", marker={"color": color, "size": 20, "symbol": "line-ns-open"}, name=name
+        )
+    figure.update_layout(showlegend=False, xaxis_title="held-out loss after the last step (nats a token); a dot a seed")
+    return on_any_page(figure, height=130 + 36 * max(1, len(order))).update_layout(margin={"l": 220, "t": 20})
+
+
+def difference(run_dirs: Iterable[str | Path]) -> str:
+    """The ranking in a sentence a model."""
+    lines = []
+    for model, row in ranking(run_dirs).iterrows():
+        loss = f"{model}: {row['held-out loss']:.3f} nats over {int(row['seeds'])} seed{'s' if row['seeds'] > 1 else ''}"
+        if row["verdict"] in ("worse", "within the noise"):
+            loss += f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
+        lines.append(f"{loss}: {row['verdict']}")
+    return "\n".join(lines) or "No run is finished yet."

@@ -1,0 +1,99 @@
+"""A Plotly figure in the other forms that a reader may show: a PNG drawn by matplotlib, and a notebook's bundle."""
+
+import base64
+import html
+import io
+import json
+import warnings
+from typing import Any
+
+import plotly.graph_objects as go
+
+GREY = "#7A7A7A"  # reads on white and on black
+
+
+def bundle(figure: go.Figure, text: str) -> dict[str, Any]:
+    """A figure as Plotly's JSON, as a PNG, and as a word, for `display(..., raw=True)`."""
+    return {
+        "application/vnd.plotly.v1+json": json.loads(figure.to_json()),
+        "image/png": base64.b64encode(png(figure)).decode(),
+        "text/plain": text,
+    }
+
+
+def png(figure: go.Figure, width: int = 1000) -> bytes:
+    """A figure of lines, marks and heat maps, drawn by matplotlib on a transparent ground."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layout = figure.layout
+    page = Figure(figsize=(width / 80, layout.height / 80), dpi=80)
+    FigureCanvasAgg(page)
+    has_map = any(trace.type == "heatmap" for trace in figure.data)
+    left, right, top, bottom = 0.06, 0.9 if has_map else 0.985, 1 - 90 / layout.height, 55 / layout.height
+
+    def place(x: float, y: float) -> tuple[float, float]:  # a point of Plotly's paper on the page
+        return left + x * (right - left), bottom + y * (top - bottom)
+
+    axes, named = {}, {}
+    for trace in figure.data:
+        key = (trace.xaxis or "x", trace.yaxis or "y")
+        if key not in axes:
+            x, y = (layout[f"{name[0]}axis{name[1:]}"] for name in key)
+            (x0, y0), (x1, y1) = (place((x.domain or (0, 1))[end], (y.domain or (0, 1))[end]) for end in (0, 1))
+            axis = axes[key] = page.add_axes((x0, y0, x1 - x0, y1 - y0))
+            axis.set_xscale(x.type if x.type == "log" else "linear")
+            axis.set_yscale(y.type if y.type == "log" else "linear")
+            axis.set_xlabel(x.title.text or "", parse_math=False)
+            axis.set_ylabel(y.title.text or "", parse_math=False, color=GREY)
+        axis = axes[key]
+        if trace.type == "heatmap":
+            mesh = axis.pcolormesh(trace.x, range(len(trace.y)), trace.z, cmap="RdBu", vmin=0, vmax=2, shading="nearest")
+            axis.set_yticks(range(len(trace.y)), trace.y, fontsize=6)
+            continue
+        _draw(axis, trace)
+        if trace.showlegend is not False and trace.name and len(trace.x):
+            named.setdefault(html.unescape(trace.name), axis.lines[-1] if axis.lines else axis.collections[-1])
+    if has_map:
+        bar = page.colorbar(mesh, cax=page.add_axes((0.92, bottom, 0.015, top - bottom)))
+        bar.ax.tick_params(colors=GREY, labelsize=8)
+    for note in layout.annotations:
+        page.text(*place(note.x, note.y), html.unescape(note.text), ha="center", va="bottom", color=GREY, parse_math=False)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        axis.patch.set_alpha(0)
+        axis.tick_params(colors=GREY, labelsize=8, which="both")
+        axis.xaxis.label.set_color(GREY)
+        for spine in axis.spines.values():
+            spine.set_color(GREY)
+    if named:
+        legend = page.legend(named.values(), named.keys(), loc="upper right", ncols=4, fontsize=8, frameon=False, labelcolor=GREY)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a run's name may hold dollars
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        page.savefig(content, transparent=True)
+    return content.getvalue()
+
+
+def _draw(axis: Any, trace: go.Scatter):
+    """One Plotly line on a matplotlib axis."""
+    marks = {"circle": "o", None: "o", "circle-open": "o", "diamond-open": "D", "triangle-up": "^"}
+    symbols = trace.marker.symbol if isinstance(trace.marker.symbol, tuple) else [trace.marker.symbol] * len(trace.x or ())
+    has_line = "lines" in (trace.mode or "lines")
+    color = trace.line.color if has_line else trace.marker.color
+    dashes = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", None: "-"}
+    axis.errorbar(
+        trace.x if trace.x is not None else [],
+        trace.y if trace.y is not None else [],
+        yerr=trace.error_y.array,
+        elinewidth=1,
+        color=color,
+        alpha=trace.opacity,
+        linewidth=(trace.line.width or 1.5) if has_line else 0,
+        linestyle=dashes[trace.line.dash],
+        marker=marks[symbols[0]] if "markers" in (trace.mode or "") and symbols else None,
+        markersize=(trace.marker.size or 6) * 0.6,
+        markerfacecolor="none" if symbols and "open" in (symbols[-1] or "") else color,
+    )
