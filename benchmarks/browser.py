@@ -24,20 +24,23 @@ from lmlib.config import PROJECT_ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = PROJECT_ROOT / "build" / "screenshots"
-VIEWPORT = {"width": 1300, "height": 3500}  # JupyterLab draws only what is in view
+VIEWPORT = {"width": 1300, "height": 3500}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
 @contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """JupyterLab on `folder`, with no settings of the user's; yields its address."""
+    """JupyterLab on `folder`, with none of the user's settings; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1"]
     command += ["--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}"]
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".ws")}
+    settings = folder / ".config" / "lab" / "user-settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('{"windowingMode": "none"}')  # else cells out of view are not in the page, and cannot be counted
     server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -63,8 +66,8 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def copy_notebook(name: str, folder: Path, **parameters: Any):
-    """A notebook with lines of its parameters cell changed as a user changes them, and no outputs."""
+def copy_notebook(name: str, folder: Path, copy: str | None = None, **parameters: Any):
+    """A notebook, under the name `copy`, with lines of its parameters cell changed as a user changes them, and no outputs."""
     book = nbformat.read(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", 4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     for parameter, value in parameters.items():
@@ -74,7 +77,7 @@ def copy_notebook(name: str, folder: Path, **parameters: Any):
         assert count == 1, parameter
     for cell in cells:
         cell.outputs, cell.execution_count = [], None
-    nbformat.write(book, folder / f"{name}.ipynb")
+    nbformat.write(book, folder / f"{copy or name}.ipynb")
 
 
 def opened(browser: Any, address: str, name: str) -> Any:
@@ -83,17 +86,25 @@ def opened(browser: Any, address: str, name: str) -> Any:
     page.set_viewport_size(VIEWPORT)
     page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    page.wait_for_selector(f"{idle}, .jp-Dialog", timeout=60_000)
+    answer_dialogs(page)
+    page.wait_for_selector(idle, timeout=60_000)
     page.add_style_tag(content=".Toastify { display: none }")  # JupyterLab offers its news
     return page
+
+
+def answer_dialogs(page: Any):
+    """Accept what JupyterLab asks when it is slow: which kernel, or a workspace that another page still holds."""
+    for dialog in page.locator(".jp-Dialog").all():
+        print(dialog.inner_text())
+        dialog.locator(".jp-mod-accept").click()
 
 
 def run_all(page: Any):
     """By the menu, again if the kernel was not listening yet."""
     for _ in range(5):
-        for dialog in page.locator(".jp-Dialog").all():  # a workspace that another page still holds, say
-            print(dialog.inner_text())
-            dialog.locator(".jp-mod-accept").click()
+        answer_dialogs(page)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         try:
@@ -101,16 +112,39 @@ def run_all(page: Any):
             return
         except sync_api.TimeoutError:
             continue
+    raise sync_api.TimeoutError("JupyterLab did not start to run the cells")
 
 
 def all_ran(page: Any, cells: int):
-    """Wait until so many code cells have their number."""
+    """Wait until so many code cells have their number; AssertionError if one of them fails."""
     page.wait_for_function(
-        "n => [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].filter(e => /\\[\\d+\\]:/.test(e.textContent))"
+        "n => document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]') || "
+        "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].filter(e => /\\[\\d+\\]:/.test(e.textContent))"
         ".length >= n",
         arg=cells,
         timeout=180_000,
     )
+    failures = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    assert failures.count() == 0, failures.first.inner_text()
+
+
+def ran(browser: Any, address: str, name: str, copy: str | None = None) -> Any:
+    """The page of a notebook, or of its copy under another name, with all cells run.
+
+    Once more, with a word about it, if JupyterLab itself lost the kernel on the way.
+    """
+    page = opened(browser, address, copy or name)
+    try:
+        run_all(page)
+        all_ran(page, cell_count(name))
+    except sync_api.TimeoutError as error:
+        print(f"JupyterLab is stuck at {name}: {error}\n{page.inner_text('.jp-Notebook')[-2000:]}")
+        page.screenshot(path=SCREENSHOTS / f"stuck_{name}.png")
+        page.close()
+        page = opened(browser, address, copy or name)
+        run_all(page)
+        all_ran(page, cell_count(name))
+    return page
 
 
 def photographed(page: Any, name: str):
@@ -119,6 +153,12 @@ def photographed(page: Any, name: str):
     page.set_viewport_size({"width": 1300, "height": int(bottom) + 60})
     page.wait_for_timeout(1500)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def settled(page: Any):
+    """Wait until the kernel has had what was done to the widgets: a slider's last value travels behind a button's click."""
+    page.wait_for_timeout(400)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
 
 
 def cell_count(name: str) -> int:
@@ -173,9 +213,7 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
         context.add_init_script("window.owned = n => console.log('owned ' + n)")
         context.on("page", watched)
         for name in ("train", "curves", "generate"):
-            page = opened(context, address, name)
-            run_all(page)
-            all_ran(page, cell_count(name))
+            page = ran(context, address, name)
             text = page.inner_text(".jp-Notebook")
             assert "owned(" in text and "Traceback" not in text, text[-3000:]
             if name == "generate":

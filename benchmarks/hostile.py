@@ -8,8 +8,9 @@ from typing import Any
 
 import nbformat
 
-from lmlib import figures, shading
+from lmlib import comparison, figures, pictures, shading
 from lmlib.config import RunConfig, printable
+from lmlib.runs import texts_at
 
 # ---------------------------------------------------------------------------------------------------
 # Parameter files: each must be refused in a sentence that names the file, and none may touch CANARY
@@ -138,10 +139,29 @@ def hostile_run(text: str, folder: Path) -> Path:
         {"kind": "step", "step": 1, "loss": 6.0, "learning_rate": text, "grad_norm": 1.0, "timing": {"tokens_per_second": 9.0}},
         {"kind": text, "step": 2, "timing": {text: text}},
     ]
+    records += [
+        {"kind": "sample", "step": 2, "prompts": [text], "texts": [text], "timing": {}},
+        {"kind": "profile", "step": 2, "val_loss_by_position": [6.0, 5.0], "val_accuracy_by_position": [0.1, text], "timing": {}},
+        {"kind": "step", "step": 3, "loss": 5.0, "expert_load": [[0.5, 0.5]], "timing": {"seconds": 2.0}},
+    ]
     run_dir = folder / name
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps({"run_name": text, "corpus": text, text: text, "total_steps": 3}))
+    (run_dir / "results.json").write_text("{}")
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run_dir
+
+
+def charts(frame: Any, run_dir: Path) -> dict[str, Any]:
+    """Every figure of a run."""
+    return {
+        "curves": figures.training_curves(frame),
+        "positions": figures.loss_by_position(frame),
+        "cost": figures.cost(figures.results_table([run_dir])),
+        "experts": figures.expert_load(frame),
+        "losses": comparison.losses([run_dir]),
+        "mean curves": comparison.curves([run_dir]),
+    }
 
 
 def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
@@ -156,7 +176,10 @@ def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
     return {
         "records": frame.to_html(),
         "scores": figures.results_table([run_dir]).to_html(),
-        "curves": figures.training_curves(frame).to_html(include_plotlyjs=False, div_id="x"),
+        "parameters": figures.parameters_table([run_dir], differences_only=False).to_html(),
+        "ranking": comparison.ranking([run_dir]).to_html(),
+        "texts": shading.cards(texts_at(frame)),
+        **{name: figure.to_html(include_plotlyjs=False, div_id="x") for name, figure in charts(frame, run_dir).items()},
         "exported notebook": exporter.from_notebook_node(book)[0],
         "tokens": shading.shade(text, [token]),
         "difference": shading.shade_difference(text, [token], [token], (text, text)),
@@ -179,7 +202,7 @@ def stay_text(texts: list[str], folder: Path) -> list[bool]:
         results.append(
             {name: _Structure(page).found for name, page in pages(text, run_dir, exporter).items()} == expected
             and not any(c in printable(text) for c in "\x1b\x07\x00\u202e")
-            and not any("<" in trace.name for trace in figures.training_curves(both).data)
-            and figures.curves_png(both).startswith(b"\x89PNG")
+            and not any("<" in trace.name for chart in charts(both, run_dir).values() for trace in chart.data)
+            and all(pictures.png(chart).startswith(b"\x89PNG") for chart in charts(both, run_dir).values())
         )
     return results

@@ -37,6 +37,7 @@ _MODULES = [
     "shading",
     "terminal",
     "widgets",
+    "explorer",
 ]
 
 __all__ = sorted(_HOME)

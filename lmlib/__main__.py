@@ -136,6 +136,7 @@ def notebook(options: argparse.Namespace):
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 progress_bar=False,
+                autosave_cell_every=10,  # seconds: what a kill leaves of the notebook
                 extra_arguments=["--log-level=50"],  # else ending the kernel reads like a failure
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
@@ -173,7 +174,7 @@ def report(configs: list[RunConfig], jobs: int | None) -> int:
         failed += outcome.state == "failed"
         said = f": {printable(outcome.said)}" if outcome.state == "failed" else ""
         print(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{said}", flush=True)
-    print("\n" + printable(comparison.difference([c.run_dir for c in configs if (c.run_dir / "results.json").exists()])))
+    print("\n" + comparison.difference([c.run_dir for c in configs if (c.run_dir / "results.json").exists()]))
     return 1 if failed else 0
 
 
@@ -244,14 +245,14 @@ def runs(options: argparse.Namespace):
     from lmlib import runs
 
     folder = resolve_path(options.output_dir)
-    found = runs.find_runs(folder)
-    table = runs.results_table(found) if found else []
-    for run_dir, (_, row) in zip(found, table.iterrows() if found else [], strict=True):
-        best = row.get("best")
-        score = f"{best:.4f} at step {int(row['at step'])}" if best == best and best is not None else "-"
-        name = printable(str(run_dir.relative_to(folder)))
-        print(f"{name:<32} step {row['steps']:>7}  best held-out loss {score:<22}  {printable(row['state'])}")
-    if not found:
+    found = runs.named_folders(runs.find_runs(folder, nested=True)).values()
+    names = [printable(str(run_dir.relative_to(folder.resolve()))) for run_dir in found]
+    for name, (_, row) in zip(names, runs.results_table(found).iterrows(), strict=True):
+        state, *notes = row["state"].split("; ")
+        line = f"{name:<{max(24, *map(len, names))}} {state:<9} step {row['steps']:>7}  best held-out loss "
+        line += f"{row['best']:.4f} at step {int(row['at step'])}" if row["best"] == row["best"] else "-"
+        print(printable("; ".join([line, *notes])))
+    if not names:
         print(f"There is no run in {folder}.")
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from lmlib.figures import COLOURS, on_any_page
-from lmlib.runs import named_folders, read_file, results_table
+from lmlib import run_folder
+from lmlib.config import printable
+from lmlib.figures import COLOURS, dash, on_any_page
+from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table
 
 # Student's t for 95 % of both sides, by degrees of freedom; beyond the table the normal distribution's 1.96 is near enough.
 T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -31,6 +33,21 @@ def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     table["model"] = _labels(kinds)
     table["judged on"] = [json.dumps(prints[run], sort_keys=True) for run in table.index]
     return table
+
+
+def states(run_dirs: Iterable[str | Path]) -> str:
+    """How many runs are in which state; those that are not finished, by name."""
+    states = {run: run_folder.life(folder) for run, folder in named_folders(run_dirs).items()}
+    counts = [f"{list(states.values()).count(state)} {state}" for state in sorted(set(states.values()))]
+    others = [f"{run}: {state}" for run, state in states.items() if state != "finished"]
+    return printable("\n".join([f"{len(states)} runs: {', '.join(counts) or 'none'}", *others]))
+
+
+def first_seeds(run_dirs: Iterable[str | Path]) -> list[Path]:
+    """One run of each model: that of its lowest seed."""
+    folders = named_folders(run_dirs)
+    table = scores(folders.values())
+    return [folders[run] for run in table.sort_values("seed", kind="stable").drop_duplicates("model").index if run in folders]
 
 
 def _labels(kinds: dict[str, str]) -> list[str]:
@@ -55,26 +72,26 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     another held-out text or tokenizer cannot be compared.
     """
     table = scores(run_dirs)
-    done = table[[str(state).startswith("finished") for state in table["state"]]]
-    done = done[done["held-out loss"].notna()] if "held-out loss" in done else done.iloc[:0]
-    if done.empty:
-        return pd.DataFrame(columns=["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict"])
+    done = table[table["state"].astype(str).str.startswith("finished") & table["held-out loss"].notna()]
     means = done.groupby("model")["held-out loss"].mean().sort_values()
+    columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
+    if means.empty:
+        return pd.DataFrame(columns=columns)
     best = done[done["model"] == means.index[0]]
     rows: dict[str, dict[str, Any]] = {}
     for model in means.index:
         runs = done[done["model"] == model]
-        behind, error, verdict = _against(best, runs)
+        behind, error, verdict = _against(best, runs) if model != means.index[0] else (0.0, math.nan, "best")
         rows[model] = {
             "seeds": len(runs),
             "held-out loss": means[model],
             "spread": runs["held-out loss"].std(),
             "behind the best": behind,
             "± 95 %": error,
-            "verdict": "best" if model == means.index[0] else verdict,
-            **{name: runs[name].mean() for name in ("accuracy", "parameters", "active", "minutes", "FLOPs")},
+            "verdict": verdict,
+            **{name: runs[name].mean() for name in ("accuracy", *COSTS)},
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("model")
 
 
 def _against(best: pd.DataFrame, runs: pd.DataFrame) -> tuple[float, float, str]:
@@ -108,6 +125,28 @@ def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
     return on_any_page(figure, height=130 + 36 * max(1, len(order))).update_layout(margin={"l": 220, "t": 20})
 
 
+def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
+    """The held-out loss of each model over steps, tokens, minutes or flops: the mean of its seeds, and their spread."""
+    frame, models = read_runs(run_dirs), scores(run_dirs)["model"]
+    evals = frame[frame["kind"] == "eval"].assign(model=lambda rows: rows["run"].map(models))
+    order, figure = list(ranking(run_dirs).index), go.Figure()
+    for number, model in enumerate(order):
+        steps = evals[evals["model"] == model].groupby("step")
+        color = COLOURS[number % len(COLOURS)]
+        figure.add_scatter(
+            x=steps[x].mean().tolist(),
+            y=steps["val_loss"].mean().tolist(),
+            error_y={"array": steps["val_loss"].std().fillna(0).tolist(), "thickness": 1, "width": 0},
+            mode="lines+markers",
+            line={"color": color, "dash": dash(number), "width": 2},
+            marker={"size": 5, "color": color},
+            name=html.escape(model),
+        )
+    figure.update_xaxes(title_text=AXES[x])
+    figure.update_yaxes(title_text="held-out loss (nats a token)")
+    return on_any_page(figure, height=420)
+
+
 def difference(run_dirs: Iterable[str | Path]) -> str:
     """The ranking in a sentence a model."""
     lines = []
@@ -116,4 +155,4 @@ def difference(run_dirs: Iterable[str | Path]) -> str:
         if row["verdict"] in ("worse", "within the noise"):
             loss += f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
         lines.append(f"{loss}: {row['verdict']}")
-    return "\n".join(lines) or "No run is finished yet."
+    return printable("\n".join(lines)) or "No run is finished yet."

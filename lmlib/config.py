@@ -238,8 +238,8 @@ def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict
     return injected, edited
 
 
-def notebook_run(namespace: dict[str, Any]) -> Path:
-    """The run's folder that a notebook's `output_dir` and `run_name` mean, once every injected name is known.
+def notebook_folder(namespace: dict[str, Any]) -> Path:
+    """The folder that a notebook's `output_dir` means, once every injected name is known.
 
     Parameters of a recipe are welcome too, so that one file serves every notebook.
 
@@ -250,7 +250,12 @@ def notebook_run(namespace: dict[str, Any]) -> Path:
     known = get_type_hints(RunConfig).keys() | own.keys()
     if unknown := sorted(injected.keys() - known):
         raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {_unknown(n, known)}" for n in unknown))
-    return resolve_path(namespace["output_dir"]) / namespace["run_name"]
+    return resolve_path(namespace["output_dir"])
+
+
+def notebook_run(namespace: dict[str, Any]) -> Path:
+    """The run's folder that a notebook's `output_dir` and `run_name` mean; raises as `notebook_folder` does."""
+    return notebook_folder(namespace) / namespace["run_name"]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from lmlib.config import resolve_path
 from lmlib.pictures import GREY, bundle, png
-from lmlib.runs import AXES, parameters_table, read_runs, results_table, resumes
+from lmlib.runs import AXES, clock, parameters_table, read_runs, results_table, resumes
 
 __all__ = ["parameters_table", "read_runs", "results_table"]  # what notebooks find here beside the figures
 
@@ -57,11 +57,6 @@ def describe(record: Any, total_steps: int) -> str:
     if record.kind == "spike":
         return f"Step {record.step}/{total_steps}: ⚠ the loss leapt to {record.loss:.4f} from about {record.usual_loss:.4f}"
     return f"Step {record.step}/{total_steps}: ⚠ {record.kind} {record.values}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -231,29 +226,27 @@ def loss_by_position(frame: pd.DataFrame) -> go.Figure:
 
 def _stretches(values: list[float]) -> tuple[list[float], list[float]]:
     """Means of values over stretches that grow with the position (1, 2, 3, ... then four to each doubling), and their middles."""
+    values = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").tolist()
     edges = np.unique(np.geomspace(1, len(values) + 1, 4 * len(values).bit_length() + 1).round().astype(int)) if values else []
     pairs = list(zip(edges, edges[1:], strict=False))
     return [(a + b - 1) / 2 for a, b in pairs], [float(np.mean(values[a - 1 : b - 1])) for a, b in pairs]
 
 
-def cost(frame: pd.DataFrame) -> go.Figure:
-    """The last held-out loss of each run against its parameters, minutes and floating-point operations."""
-    runs = names_of(frame)
-    table = results_table(frame.attrs.get("runs", {}).values())
+def cost(table: pd.DataFrame) -> go.Figure:
+    """The held-out loss of each row of a `results_table` or `ranking` against parameters, minutes and operations."""
     columns = {"parameters": "parameters (open: active)", "minutes": "minutes of training", "FLOPs": "floating-point operations"}
     figure = make_subplots(1, 3, subplot_titles=[f"Held-out loss by {name}" for name in columns.values()])
-    for number, run in enumerate(runs):
-        row = table.loc[run]
+    for number, (name, row) in enumerate(table.iterrows()):
         for place, column in enumerate(columns):
             values = [row.get(column), row.get("active")] if column == "parameters" else [row.get(column)]
-            shown = [value for value in values if value is not None]
+            shown = [value for value in values if value is not None and value == value]
             figure.add_scatter(
                 x=shown,
                 y=[row.get("held-out loss")] * len(shown),
                 mode="markers",
                 marker={"color": COLOURS[number % len(COLOURS)], "size": 11, "symbol": ["circle", "circle-open"][: len(shown)]},
-                name=html.escape(run),
-                legendgroup=run,
+                name=html.escape(str(name)),
+                legendgroup=str(name),
                 showlegend=place == 0,
                 row=1,
                 col=place + 1,
@@ -267,13 +260,14 @@ def cost(frame: pd.DataFrame) -> go.Figure:
 def expert_load(frame: pd.DataFrame) -> go.Figure:
     """How evenly the routers of each run spread the tokens: an expert's share of a step's choices over an even share, a row
     an expert, layer above layer; 1 is even."""
-    known = frame[frame["expert_load"].map(lambda load: isinstance(load, list))] if "expert_load" in frame else frame.iloc[:0]
+    known = frame[frame["expert_load"].map(_is_load)] if "expert_load" in frame else frame.iloc[:0]
     runs = [run for run in names_of(frame) if run in set(known["run"])]
     figure = make_subplots(1, max(1, len(runs)), subplot_titles=[html.escape(run) for run in runs] or ["No run has experts"])
     for place, run in enumerate(runs):
         rows = known[known["run"] == run]
-        shares = [[share * len(layer) for layer in load for share in layer] for load in rows["expert_load"]]
         load = rows["expert_load"].iloc[0]
+        rows = rows[rows["expert_load"].map(lambda other, load=load: [*map(len, other)] == [*map(len, load)])]
+        shares = [[share * len(layer) for layer in load for share in layer] for load in rows["expert_load"]]
         figure.add_heatmap(
             x=rows["step"].tolist(),
             y=[f"{n}.{e}" for n, layer in enumerate(load) for e in range(len(layer))],
@@ -288,6 +282,33 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="layer.expert", col=1)
     scale = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2, "colorbar": {"title": {"text": "share"}}}
     return on_any_page(figure, height=420).update_layout(coloraxis=scale)
+
+
+def _is_load(load: Any) -> bool:
+    layers = load if isinstance(load, list) else []
+    return bool(layers) and all(isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in layers)
+
+
+def learning_rates(found: Any) -> go.Figure:
+    """A range test's losses over its rates, and its suggestion (see `sweep.find_learning_rate`)."""
+    name, figure = "muon_learning_rate" if found.config.optimizer == "muon" else "learning_rate", go.Figure()
+    peak = getattr(found.config, name)
+    figure.add_scatter(
+        x=[peak * f for f in found.factors], y=found.losses, mode="lines", line={"color": COLOURS[0]}, name="loss, smoothed"
+    )
+    marks = {"suggestion": (found.factor, "diamond-open", COLOURS[1]), "the recipe's": (1.0, "triangle-up", COLOURS[2])}
+    for label, (factor, symbol, color) in marks.items():
+        inside = factor is not None and found.factors and found.factors[0] <= factor <= found.factors[-1]
+        figure.add_scatter(
+            x=[peak * factor] if inside else [],
+            y=[float(np.interp(factor, found.factors, found.losses))] if inside else [],
+            mode="markers",
+            marker={"size": 13, "symbol": symbol, "color": color},
+            name=label,
+        )
+    figure.update_xaxes(type="log", title_text=name)
+    figure.update_yaxes(title_text="loss (nats)")
+    return on_any_page(figure, height=360)
 
 
 # ---------------------------------------------------------------------------------------------------

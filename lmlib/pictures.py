@@ -21,6 +21,13 @@ def bundle(figure: go.Figure, text: str) -> dict[str, Any]:
     }
 
 
+def show(figure: go.Figure, text: str = "A figure"):
+    """Display a figure so that it is there for every reader: JupyterLab, GitHub, a saved or exported notebook."""
+    from IPython.display import display
+
+    display(bundle(figure, text), raw=True)
+
+
 def png(figure: go.Figure, width: int = 1000) -> bytes:
     """A figure of lines, marks and heat maps, drawn by matplotlib on a transparent ground."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -79,7 +86,7 @@ def png(figure: go.Figure, width: int = 1000) -> bytes:
 
 def _draw(axis: Any, trace: go.Scatter):
     """One Plotly line on a matplotlib axis."""
-    marks = {"circle": "o", None: "o", "circle-open": "o", "diamond-open": "D", "triangle-up": "^"}
+    marks = {"circle": "o", None: "o", "circle-open": "o", "diamond-open": "D", "triangle-up": "^", "line-ns-open": "|"}
     symbols = trace.marker.symbol if isinstance(trace.marker.symbol, tuple) else [trace.marker.symbol] * len(trace.x or ())
     has_line = "lines" in (trace.mode or "lines")
     color = trace.line.color if has_line else trace.marker.color

@@ -231,9 +231,13 @@ def recorded_key(run_dir: Path) -> str | None:
 
 def fixed(config: RunConfig) -> dict[str, Any]:
     """The parameters that a run keeps for life: all that it uses but those that may change."""
-    is_moe = config.feed_forward == "moe"
-    unused = (ONLY_MLA if config.attention == "mha" else set()) | ({"intermediate_size"} if is_moe else ONLY_MOE)
-    return {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE | unused}
+    left_out = MAY_CHANGE | unused(config.attention, config.feed_forward)
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
+def unused(attention: str, feed_forward: str) -> set[str]:
+    """The parameters that a model of this kind ignores."""
+    return (ONLY_MLA if attention == "mha" else set()) | ({"intermediate_size"} if feed_forward == "moe" else ONLY_MOE)
 
 
 def environment(store: TokenStore, device: torch.device) -> dict[str, Any]:

@@ -47,11 +47,10 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
             frame[column] = frame.get(column, np.nan)
         for column in frame.columns.difference(TEXTS | LISTS):
             frame[column] = pd.to_numeric(frame[column], errors="coerce")
-        of_run, model = _tokens_a_step(folder), read_file(folder / "environment.json").get("model") or {}
         frame = frame[frame["step"].notna()].assign(run=run)
         frame["minutes"] = frame["seconds"] / 60 if "seconds" in frame else np.nan
-        frame["tokens"] = frame["step"] * of_run
-        frame["flops"] = frame["tokens"] * pd.to_numeric(model.get("flops_per_token", np.nan), errors="coerce")
+        frame["tokens"] = frame["step"] * _tokens_a_step(folder)
+        frame["flops"] = frame["tokens"] * pd.to_numeric(_size(folder).get("flops_per_token"), errors="coerce")
         frames.append(frame)
         notes[run] = _oddities(folder, frame, torn)
     whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["run", "kind", "step", *AXES])
@@ -74,10 +73,11 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
     return {(f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}"): f for f in folders}
 
 
-def find_runs(output_dir: str | Path) -> list[Path]:
-    """Every run in a folder and in the folders of sweeps inside it, by name."""
+def find_runs(output_dir: str | Path, nested: bool = False) -> list[Path]:
+    """Every run in a folder, and, if `nested`, in the folders of sweeps inside it; by name."""
     folder = resolve_path(output_dir)
-    return sorted({path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/metrics.jsonl")})
+    patterns = ("*/metrics.jsonl", "*/*/metrics.jsonl") if nested else ("*/metrics.jsonl",)
+    return sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -87,7 +87,9 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
         found = json.loads(f"[{','.join(lines)}]")  # at once: three times as quick as line by line
     except (ValueError, RecursionError):
         found = [_parsed(line) for line in lines]
-    records = [record for record in found if isinstance(record, dict) and isinstance(record.get("step"), int | float)]
+    records = [
+        r for r in found if isinstance(r, dict) and isinstance(r.get("step"), int | float) and isinstance(r.get("kind"), str)
+    ]
     for record in records:
         timing = record.pop("timing", None)
         if isinstance(timing, dict):
@@ -119,21 +121,64 @@ def _tokens_a_step(folder: Path) -> float:
         return np.nan
 
 
+def _size(folder: Path) -> dict[str, Any]:
+    """The model's counts of parameters and operations; runs of earlier versions have none."""
+    model = read_file(folder / "environment.json").get("model")
+    return model if isinstance(model, dict) else {}
+
+
 def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
     notes = [] if len(frame) else ["no record yet"]
     if torn:
         notes.append(f"{torn} line{'s' if torn > 1 else ''} of metrics.jsonl cannot be read")
     if not read_file(folder / "config.json"):
         notes.append("config.json is missing or cannot be read")
-    losses = frame[frame["kind"].isin(["step", "eval"])]
-    values = losses["loss"].combine_first(losses["val_loss"]) if {"loss", "val_loss"} <= set(frame) else pd.Series(dtype=float)
-    if values.isna().any() or (frame["kind"] == "nonfinite").any():
+    values = [frame.loc[frame["kind"] == kind, name] for kind, name in (("step", "loss"), ("eval", "val_loss")) if name in frame]
+    if any(column.isna().any() for column in values) or (frame["kind"] == "nonfinite").any():
         notes.append("some losses are not finite")
     return notes
 
 
+def headline(frame: pd.DataFrame, run: str) -> str:
+    """Where a run stands, in a line of plain text: its state, step, losses, speed, and the time it may still take."""
+    folder, of_run = Path(frame.attrs["runs"][run]), frame[frame["run"] == run]
+    life, total = run_folder.life(folder), read_file(folder / "config.json").get("total_steps")
+    parts = [life, f"step {int(of_run['step'].max())}" + (f" of {total}" if total else "")] if len(of_run) else [life]
+    last = {kind: rows.iloc[-1] for kind, rows in of_run.groupby("kind")}
+    if "step" in last and "loss" in of_run:
+        parts.append(f"loss {last['step']['loss']:.4f}")
+    if "eval" in last and "val_loss" in of_run:
+        parts.append(f"held-out {last['eval']['val_loss']:.4f}")
+    if "step" in last and {"tokens_per_second", "utilisation", "seconds_left"} <= set(of_run):
+        now = last["step"]
+        parts.append(f"{now['tokens_per_second']:,.0f} tokens/s, {now['utilisation']:.0%} of peak")
+        if life == "running" and now["seconds_left"] == now["seconds_left"]:
+            parts.append(f"{clock(now['seconds_left'])} left")
+    return " | ".join([*parts, *frame.attrs["notes"].get(run, [])])
+
+
+def texts_at(frame: pd.DataFrame, step: float = np.inf) -> list[tuple[str, str, str]]:
+    """What the runs wrote at their last evaluation up to `step`: (run and step, prompt, text) each."""
+    samples, found = frame[(frame["kind"] == "sample") & (frame["step"] <= step)], []
+    for run, of_run in samples.groupby("run", sort=False):
+        last = of_run.iloc[-1]
+        prompts, texts = last.get("prompts"), last.get("texts")
+        if isinstance(prompts, list) and isinstance(texts, list):
+            heading = f"{run}, step {int(last['step'])}"
+            found += [(heading, str(prompt), str(text)) for prompt, text in zip(prompts, texts, strict=False)]
+    return found
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
 # ---------------------------------------------------------------------------------------------------
 # Tables
+
+SCORES = ["held-out loss", "± standard error", "best", "at step", "accuracy", "perplexity", "bits per byte"]
+COSTS = ["parameters", "active", "minutes", "FLOPs"]
 
 
 def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
@@ -141,7 +186,7 @@ def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     frame, rows = read_runs(run_dirs), {}
     for run, folder in frame.attrs["runs"].items():
         of_run = frame[frame["run"] == run]
-        model = read_file(Path(folder) / "environment.json").get("model") or {}
+        model = _size(Path(folder))
         row: dict[str, Any] = {"steps": int(of_run["step"].max()) if len(of_run) else 0}
         evals = of_run[(of_run["kind"] == "eval") & of_run.get("val_loss", of_run["step"]).notna()]
         if len(evals) and "val_loss" in evals:
@@ -163,12 +208,17 @@ def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
             "state": "; ".join([run_folder.life(Path(folder)), *frame.attrs["notes"][run]]),
         }
         rows[run] = row
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["steps", *SCORES, *COSTS, "state"])
+    table[[*SCORES, *COSTS]] = table[[*SCORES, *COSTS]].apply(pd.to_numeric, errors="coerce")
+    return table.rename_axis("run")
 
 
 def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = True) -> pd.DataFrame:
-    """The parameters of runs, a column a run; by default only those that are not the same in all."""
+    """The parameters of runs, a column a run, "-" where its model ignores one; by default only those that differ."""
     configs = {run: read_file(folder / "config.json") for run, folder in named_folders(run_dirs).items()}
+    for config in configs.values():
+        ignored = run_folder.unused(str(config.get("attention")), str(config.get("feed_forward")))
+        config |= dict.fromkeys(ignored & config.keys(), "-")
     names = [name for name in dict.fromkeys(n for config in configs.values() for n in config) if name != "run_name"]
     table = pd.DataFrame(
         {run: [config.get(name, "(not given)") for name in names] for run, config in configs.items()}, index=names

@@ -190,8 +190,9 @@ def _steepest(factors: list[float], losses: list[float]) -> float | None:
 
 
 def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
-    """Short runs that confirm a suggestion: a third of it, itself and three times it, and the recipe's own rates."""
+    """Short runs, in a folder of their own, that confirm a suggestion: a third of it, itself and three times it, and the
+    recipe's own rates."""
     factors = sorted({1.0, *((found.factor / 3, found.factor, found.factor * 3) if found.factor else ())})
     short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps}
-    name = f"{found.config.run_name}-rate"
-    return [replace(found.config, run_name=f"{name}{factor:.2g}", **short, **rates(found.config, factor)) for factor in factors]
+    short["output_dir"] = f"{found.config.output_dir}/{found.config.run_name}-rates"
+    return [replace(found.config, run_name=f"rate{factor:.2g}", **short, **rates(found.config, factor)) for factor in factors]

@@ -16,6 +16,7 @@ from lmlib import checkpoint, figures, generation, shading
 from lmlib.config import printable, resolve_path
 from lmlib.generation import Settings
 from lmlib.run_folder import Record
+from lmlib.runs import headline, read_runs, texts_at
 from lmlib.terminal import summary
 
 INTERVAL = 1.0  # seconds between drawings, at least
@@ -35,13 +36,13 @@ def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
         for record in records:
             now = time.monotonic()
             if now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - began):
-                chart.draw(figures.read_runs(run_dir))
+                chart.draw(read_runs(run_dir))
                 first, last = last < 0, time.monotonic()
                 spent += 0.0 if first else last - now  # the first imports and sets up
             yield record
     finally:
         if Path(run_dir).is_dir():
-            chart.finish(figures.read_runs(run_dir))
+            chart.finish(read_runs(run_dir))
 
 
 def is_live() -> bool:
@@ -70,22 +71,26 @@ class _StillChart:
 
 
 class _LiveChart:
-    """A FigureWidget whose lines are moved; it gives way to a still chart at the end."""
+    """A FigureWidget whose lines are moved, a line of figures above it and the newest text below; it gives way to a
+    still chart at the end."""
 
     def __init__(self):
-        self.widget = self.handle = None
+        self.chart = self.handle = None
+        self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
 
     def draw(self, frame: Any):
         import plotly.graph_objects as go
 
         figure = figures.training_curves(frame).update_layout(width=860)
-        if self.widget is None:
-            self.widget = go.FigureWidget(figure)
-            self.handle = display(self.widget, display_id=True)
+        self.status.value = " ".join(headline(frame, run) for run in frame.attrs["runs"])
+        self.text.value = shading.cards(texts_at(frame)[:1])
+        if self.chart is None:
+            self.chart = go.FigureWidget(figure)
+            self.handle = display(ipywidgets.VBox([self.status, self.chart, self.text]), display_id=True)
             return
-        with self.widget.batch_update():
-            for old, new in zip(self.widget.data, figure.data, strict=True):
-                old.update(x=new.x, y=new.y, error_y=new.error_y.to_plotly_json())
+        with self.chart.batch_update():
+            for old, new in zip(self.chart.data, figure.data, strict=True):
+                old.update(x=new.x, y=new.y, error_y=new.error_y.to_plotly_json(), showlegend=new.showlegend)
 
     def finish(self, frame: Any):
         bundle = figures.chart_bundle(frame)
@@ -93,8 +98,8 @@ class _LiveChart:
             display(bundle, raw=True)
         else:
             self.handle.update(bundle, raw=True)
-        if self.widget is not None:
-            self.widget.close()
+        if self.chart is not None:
+            self.chart.close()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 
 import browser as jupyter
 import pytest
-from browser import SCREENSHOTS, VIEWPORT, all_ran, cell_count, opened, photographed, run_all
+from browser import SCREENSHOTS, VIEWPORT, all_ran, cell_count, opened, photographed, ran, run_all, settled
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -21,6 +21,9 @@ def lab(trained, tmp_path_factory):
     jupyter.copy_notebook("train", folder, recipe="params/smoke.yaml", run_name="browser", **run, **steps)
     for name in ("curves", "generate"):
         jupyter.copy_notebook(name, folder, run_name="trained", **run)
+    jupyter.copy_notebook("curves", folder, "follow", run_name="trained", others=["followed"], **run)
+    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20}
+    jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir), **short)
     with jupyter.jupyterlab(folder) as address:
         yield address
 
@@ -65,27 +68,21 @@ def test_train_shows_a_live_chart_that_moves_and_stays(browser, lab):
     again.close()
 
 
-@pytest.mark.parametrize(("name", "words"), [("curves", "held-out loss"), ("generate", "Once upon a time")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("curves", "held-out loss"), ("generate", "Once upon a time"), ("compare", "Suggested:")]
+)
 def test_the_others_show_what_they_are_for(browser, lab, name, words):
-    page = opened(browser, lab, name)
-    run_all(page)
-    all_ran(page, cell_count(name))
+    page = ran(browser, lab, name)
     page.wait_for_timeout(1000)
     photographed(page, name)
     text = page.inner_text(".jp-Notebook")
     assert words in text and "Traceback" not in text
-    if name == "curves":
-        chart(page)
-        page.get_by_text("log loss").click()
-        page.wait_for_function("document.querySelector('.js-plotly-plot').layout.yaxis.type === 'log'")
     page.close()
 
 
 def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     """Sliders by keyboard and mouse, every button, and what goes wrong said where the person is looking."""
-    page = opened(browser, lab, "generate")
-    run_all(page)
-    all_ran(page, cell_count("generate"))
+    page = ran(browser, lab, "generate")
     status, text = page.locator("[role=status]"), page.locator(".lmlib-text").first
     button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
 
@@ -94,8 +91,9 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
 
     def done():
         page.wait_for_function(
-            "/reached|ended it|stop string|full|likelier/.test(document.querySelector('[role=status]').textContent)"
+            "/reached|ended it|stop string|full|likelier/.test(document.querySelector('[role=status]')?.textContent)"
         )
+        settled(page)
 
     button("Generate").click()
     done()
@@ -116,10 +114,12 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     page.mouse.down()
     page.mouse.move(box["x"] - 30, box["y"] + box["height"] / 2, steps=5)
     page.mouse.up()
+    settled(page)
     length = int(slider("length").locator(".widget-readout").inner_text())
     assert length < 100
     button("Generate").click()
-    page.wait_for_function(f"document.querySelector('[role=status]').textContent.includes('{length} tokens')")
+    page.wait_for_function(f"document.querySelector('[role=status]')?.textContent.includes('{length} tokens')")
+    settled(page)
     assert text.inner_text() != first
     shaded = text.inner_html()
 
@@ -128,41 +128,48 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     checkpoints.locator(".noUi-handle").focus()
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("[...document.querySelectorAll('.widget-readout')].some(e => e.textContent === 'step 15')")
+    settled(page)
     button("Generate").click()
     changed = (
-        "before => document.querySelector('.lmlib-text').innerHTML !== before && document.querySelector('.lmlib-text .token')"
+        "before => document.querySelector('.lmlib-text')?.innerHTML !== before && document.querySelector('.lmlib-text .token')"
     )
     page.wait_for_function(changed, arg=shaded)  # another checkpoint thinks something else
-    page.wait_for_timeout(500)
+    settled(page)
     before = len(text.inner_text())
     button("Continue").click()
-    page.wait_for_function(f"document.querySelector('.lmlib-text').innerText.length > {before + length // 2}")
-    page.wait_for_timeout(500)
+    page.wait_for_function(f"document.querySelector('.lmlib-text')?.innerText.length > {before + length // 2}")
+    settled(page)
     shaded = text.inner_html()
     button("Another seed").click()
     page.wait_for_function(changed, arg=shaded)
 
     slider("length").locator(".noUi-handle").focus()
     page.keyboard.press("End")
+    settled(page)
+    assert slider("length").locator(".widget-readout").inner_text() == "500"
     for _ in range(5):  # the model is so quick that Stop may come too late
-        button("Generate").click()
         page.evaluate(
-            """() => { const stop = [...document.querySelectorAll('button')].find(b => b.textContent === 'Stop')
-            const timer = setInterval(() => { if (!stop.disabled) { stop.click(); clearInterval(timer) } }, 5) }"""
+            """async () => { const button = name => [...document.querySelectorAll('button')].find(b => b.textContent === name)
+            const until = async holds => { while (!holds()) await new Promise(done => setTimeout(done, 5)) }
+            button('Generate').click()
+            await until(() => !button('Stop').disabled)
+            button('Stop').click()
+            await until(() => button('Stop').disabled) }"""
         )
-        page.wait_for_function("!/^…|^$/.test(document.querySelector('[role=status]').textContent)")
-        button("Generate").click(trial=True)  # waits until it is enabled again
+        settled(page)
         if "500 tokens" not in status.inner_text():
             break
-    assert "500 tokens" not in status.inner_text() and "reached" not in status.inner_text()
+    assert "tokens" in status.inner_text() and "500 tokens" not in status.inner_text() and "reached" not in status.inner_text()
     slider("length").locator(".noUi-handle").focus()
     page.keyboard.press("Home")
+    settled(page)
 
     area = page.locator(".jp-OutputArea textarea").first
     area.fill("x " * 60000)
     button("Generate").click()
-    page.wait_for_function("document.querySelector('[role=status]').textContent.includes('shorten the prompt')")
+    page.wait_for_function("document.querySelector('[role=status]')?.textContent.includes('shorten the prompt')")
     area.fill("<img src=x onerror=alert(1)>")
+    settled(page)
     button("Generate").click()
     done()
     assert "<img src=x" in text.inner_text()
@@ -182,8 +189,57 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
     page.screenshot(path=SCREENSHOTS / "playground_grid.png")
     page.get_by_role("tab", name="Difference").click()
     button("Compare").click()
-    page.wait_for_function("document.querySelector('[role=status]').textContent.includes('likelier')")
+    page.wait_for_function("document.querySelector('[role=status]')?.textContent.includes('likelier')")
     page.screenshot(path=SCREENSHOTS / "playground_difference.png")
+    page.close()
+
+
+def test_curves_are_explored_and_a_run_is_followed_until_it_dies(browser, lab, trained, tmp_path):
+    """Every control of the explorer, and a run that another process trains and that is killed."""
+    import signal
+    import subprocess
+    import sys
+
+    from lmlib.config import PROJECT_ROOT
+
+    pairs = {
+        "output_dir": trained.output_dir,
+        "run_name": "followed",
+        "total_steps": 10**6,
+        "eval_every": 200,
+        "checkpoint_every": 10**6,
+    }
+    command = [sys.executable, "-m", "lmlib", "train", str(PROJECT_ROOT / "params" / "smoke.yaml"), "-p", "log_every", "50"]
+    command += [word for name, value in pairs.items() for word in ("-p", name, str(value))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while "Val Loss" not in process.stdout.readline():
+            pass
+        page = ran(browser, lab, "curves", copy="follow")
+        explorer = page.locator(".jp-OutputArea", has=page.get_by_text("smoothing", exact=True)).first
+        explorer.get_by_text("running | step ").wait_for()
+        points = "document.querySelector('.js-plotly-plot').data.find(t => t.name.startsWith('followed, held')).x.length"
+        before = page.evaluate(points)
+        page.wait_for_function(f"{points} > {before}", timeout=60_000)
+        process.kill()
+    explorer.get_by_text("died | step ").wait_for(timeout=60_000)
+    page.screenshot(path=SCREENSHOTS / "explorer.png")
+    assert process.returncode == -signal.SIGKILL
+
+    page.get_by_label("log loss").click()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.yaxis.type === 'log'")
+    explorer.get_by_label("followed").click()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(t => t.visible === false)")
+    hidden = "document.querySelector('.js-plotly-plot').data.filter(t => t.visible === false).map(t => t.legendgroup)"
+    assert set(page.evaluate(hidden)) == {"followed"}
+    explorer.locator("select").first.select_option("tokens trained")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.xaxis4.title.text === 'tokens trained'")
+    page.get_by_role("tab", name="Texts").click()
+    page.get_by_text("trained, step 20").first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "explorer_texts.png")
+    for tab in ("By position", "Cost", "Experts"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        page.screenshot(path=SCREENSHOTS / f"explorer_{tab.replace(' ', '_').lower()}.png")
     page.close()
 
 

@@ -57,6 +57,52 @@ def test_stock_transformers_reads_a_checkpoint(trained):
     assert not model.training and next(model.parameters()).dtype == torch.float32
 
 
+CELLS = {  # of Experiment 8, and the class that each is saved as
+    ("mla", "mlp"): "DeepseekV3ForCausalLM",
+    ("mha", "mlp"): "LlamaForCausalLM",
+    ("mla", "moe"): "DeepseekV3ForCausalLM",
+    ("mha", "moe"): "Glm4MoeForCausalLM",
+}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_every_cell_is_read_by_stock_transformers_and_from_it(smoke, tmp_path, cell):
+    """A trained checkpoint through from_pretrained, and the folder that the stock class writes of it."""
+    config = smoke(attention=cell[0], feed_forward=cell[1], total_steps=8, checkpoint_every=8)
+    list(lmlib.train(config))
+    folder = config.run_dir / "checkpoints" / "checkpoint_step_8"
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model, tokenizer = lmlib.load(config.run_dir)
+    assert type(stock).__name__ == CELLS[cell]
+    ids = torch.arange(60).view(2, 30)
+    assert torch.allclose(model(ids), stock(ids).logits, rtol=0, atol=1e-5)
+    stock.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = lmlib.load(tmp_path)
+    assert {n: t.tolist() for n, t in again.state_dict().items()} == {n: t.tolist() for n, t in model.state_dict().items()}
+    if cell[1] == "moe":
+        biases = [tensor for name, tensor in model.state_dict().items() if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 2 and all(bias.abs().max() > 0 for bias in biases)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        *[("routed_scaling_factor", 2.5, "routed_scaling_factor"), ("n_shared_experts", 2, "n_shared_experts")],
+        *[("norm_topk_prob", False, "norm_topk_prob"), ("first_k_dense_replace", 1, "1 dense layers of 2")],
+        *[("n_group", 2, "n_group"), ("num_experts_per_tok", 1, "num_experts_per_tok is 1")],
+    ],
+)
+def test_a_mixture_that_we_lack_is_named(tmp_path, smoke, setting, value, said):
+    config = smoke(feed_forward="moe", attention="mha")
+    stock_config = pretrained.stock_config(config)
+    transformers.Glm4MoeForCausalLM(stock_config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, setting: value}))
+    with pytest.raises(CheckpointError, match=said):
+        lmlib.load(tmp_path)
+
+
 def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
     """As transformers writes them: sharded, half precision, and with the defaults of its class."""
     config = lmlib.RunConfig(attention="mha", vocab_size=300, tie_word_embeddings=False)

@@ -85,21 +85,26 @@ def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"q_lora_rank": 24, "rope_interleave": False}, {"qk_nope_head_dim": 0}, {"attention": "mha"}]
+    "shape",
+    [
+        *[{}, {"q_lora_rank": 24, "rope_interleave": False}, {"qk_nope_head_dim": 0}, {"attention": "mha"}],
+        *[{"feed_forward": "moe"}, {"feed_forward": "moe", "attention": "mha"}],
+    ],
 )
 def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
     """In float64: rows of different lengths, tokens one by one and in pieces."""
     model = lmlib.LanguageModel(smoke(**shape)).double().eval()
+    close = 1e-7 if shape.get("feed_forward") == "moe" else 1e-12  # the router computes in float32, as the stock classes' does
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(std=0.1)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in (3, 9, 1, 5)]
     logits, cache = generation.prefill(model, rows)
     for _ in range(6):
         for row, ours in zip(rows, logits, strict=True):
-            assert torch.allclose(ours, model(torch.tensor([row]))[0, -1], rtol=0, atol=1e-12)
+            assert torch.allclose(ours, model(torch.tensor([row]))[0, -1], rtol=0, atol=close)
         token = torch.randint(0, 512, (4,), generator=generator)
         for row, new in zip(rows, token.tolist(), strict=True):
             row.append(new)
@@ -108,7 +113,7 @@ def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
     cache = Cache(model.config, 2, 40, like=model.lm_head.weight)
     with torch.no_grad():
         pieces = [model(piece, cache) for piece in ids.split((7, 12, 1, 10), dim=1)]
-        assert torch.allclose(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-12)
+        assert torch.allclose(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=close)
 
 
 def test_the_cache_holds_the_latent_numbers_alone(loaded):

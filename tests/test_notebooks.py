@@ -1,9 +1,12 @@
 """The notebooks: thin, equal to the library, and run for real by papermill and nbval."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import papermill
@@ -52,9 +55,11 @@ def test_the_parameters_cell_is_runconfig_line_by_line():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_by_papermill(path, trained, tmp_path):
-    """curves and generate read a finished run; train makes its own."""
+    """curves, generate and compare read finished runs; train makes its own."""
     run_name = "notebook" if path.stem == "train" else "trained"
     parameters = {"output_dir": str(trained.output_dir), "run_name": run_name}
+    if path.stem == "compare":
+        parameters |= {"rate_recipe": str(SMOKE), "rate_steps": "20", "confirm_steps": "3"}
     command = ["papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar"]
     for pair in parameters.items():
         command += ["-p", *pair]
@@ -66,7 +71,9 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
         assert (trained.run_dir.parent / "notebook" / "training_curves.png").exists()
     if path.stem == "generate":
         assert "Checkpoints: 5 10 15 20" in shown and "Once upon a time" in shown and "step 15" in shown
-    if path.stem in ("train", "curves"):
+    if path.stem == "compare":
+        assert "Suggested: {'learning_rate'" in shown and "rate1 finished" in shown and "trained" in shown
+    if path.stem in ("train", "curves", "compare"):
         kinds = [set(o.data) for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
         assert {"application/vnd.plotly.v1+json", "image/png", "text/plain"} in kinds
         assert "held-out loss" in shown
@@ -86,10 +93,11 @@ def test_a_misspelt_injected_parameter_stops_the_notebook(path, outputs, tmp_pat
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_pass_nbval(path, trained, tmp_path):
+    own = {"rate_recipe": str(SMOKE), "rate_steps": 12} if path.stem == "compare" else {}
     papermill.execute_notebook(
         path,
         tmp_path / path.name,
-        {**_smoke(), "output_dir": str(trained.output_dir), "run_name": "trained"},
+        {**_smoke(), "output_dir": str(trained.output_dir), "run_name": "trained", **own},
         prepare_only=True,
         progress_bar=False,
     )
@@ -124,6 +132,29 @@ def test_the_notebooks_stop_saves_the_run(outputs):
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     assert len(list((outputs / "stopped" / "checkpoints").iterdir())) == 1
+
+
+def test_a_kill_leaves_the_last_chart_in_the_notebook(outputs):
+    """Of papermill and its kernel, mid-training, without a word."""
+    pairs = {"output_dir": outputs, "run_name": "killed", "total_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6}
+    command = [sys.executable, "-m", "lmlib", "notebook", str(SMOKE), "-p", "log_every", "100"]
+    command += [word for name, value in pairs.items() for word in ("-p", name, str(value))]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    executed = outputs / "killed" / "train.ipynb"
+
+    def points() -> int:
+        """Of the training loss in the chart on disk."""
+        book = nbformat.read(executed, 4) if executed.exists() else nbformat.v4.new_notebook()
+        outs = [o.get("data", {}) for cell in book.cells for o in cell.get("outputs", [])]
+        charts = [data["application/vnd.plotly.v1+json"] for data in outs if "image/png" in data]
+        return len(charts[0]["data"][0]["x"]) if charts else 0
+
+    with subprocess.Popen(command, start_new_session=True, cwd=PROJECT_ROOT, **quiet) as process:
+        deadline = time.monotonic() + 120
+        while points() < 5 and time.monotonic() < deadline:
+            time.sleep(1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert points() >= 5
 
 
 def _smoke() -> dict:

@@ -64,10 +64,29 @@ def test_it_learns(smoke):
     assert evals[-1] < 4.9
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, optimizer):
+def test_the_load_of_experts_is_a_record_of_the_whole_batch(smoke):
+    """Of all its micro-batches; a skipped step moves no bias."""
+    config = smoke(feed_forward="moe", batch_size=4, micro_batch_size=3, total_steps=6, dropout=0.0)
+    steps = [record for record in lmlib.train(config) if record.kind == "step"]
+    for record in steps:
+        assert [len(layer) for layer in record.expert_load] == [4, 4]
+        assert all(abs(sum(layer) - 1) < 1e-3 for layer in record.expert_load)
+    whole = smoke(feed_forward="moe", batch_size=4, total_steps=6, dropout=0.0)
+    assert [r.expert_load for r in lmlib.train(whole) if r.kind == "step"][:2] == [r.expert_load for r in steps][:2]
+    model, _ = lmlib.load(config.run_dir)
+    for router in lmlib.feed_forward.routers(model):
+        moved = router.e_score_correction_bias / lmlib.feed_forward.BIAS_RATE
+        assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() <= 6
+    with pytest.raises(ValueError, match="num_experts_per_tok is 5; it must be at least 2"):
+        smoke(feed_forward="moe", num_experts_per_tok=5)
+    smoke(feed_forward="mlp", num_experts_per_tok=5)  # not used, not judged
+
+
+@pytest.mark.parametrize(("optimizer", "feed_forward"), [("muon", "mlp"), ("adamw", "mlp"), ("muon", "moe")])
+def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, optimizer, feed_forward):
     """Over an epoch's border, with micro-batches that do not divide the batch, and dropout."""
     shape = {"corpus": str(text_file), "batch_size": 60, "micro_batch_size": 25, "total_steps": 10, "optimizer": optimizer}
+    shape["feed_forward"] = feed_forward
     whole = smoke(**shape)
     records = list(lmlib.train(whole))
     expected = fingerprint(whole.run_dir)

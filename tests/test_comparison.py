@@ -1,0 +1,71 @@
+"""The ranking against a t interval computed by hand, and models told apart."""
+
+import json
+import math
+
+import pytest
+
+from lmlib import comparison
+
+
+def run(folder, name: str, seed: int, loss: float, text: str = "same", **config):
+    run_dir = folder / name
+    run_dir.mkdir(parents=True)
+    record = {
+        "kind": "eval",
+        "step": 10,
+        "val_loss": loss,
+        "val_loss_stderr": 0.1,
+        "val_accuracy": 0.2,
+        "timing": {"seconds": 60.0},
+    }
+    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (run_dir / "config.json").write_text(
+        json.dumps({"seed": seed, "run_name": name, "batch_size": 1, "sequence_length": 8, **config})
+    )
+    model = {"parameter_count": 100, "active_parameter_count": 60, "flops_per_token": 600.0}
+    (run_dir / "environment.json").write_text(json.dumps({"fingerprints": {"held-out": text}, "model": model}))
+    (run_dir / "results.json").write_text("{}")
+    return run_dir
+
+
+def test_a_difference_is_judged_by_the_differences_between_runs_of_one_seed(tmp_path):
+    """The losses of the seeds lie far apart, and the differences close together."""
+    best = [run(tmp_path, f"best-seed{s}", s, loss, attention="mla") for s, loss in enumerate((4.0, 5.0, 6.0))]
+    worse = [run(tmp_path, f"worse-seed{s}", s, loss, attention="mha") for s, loss in enumerate((4.1, 5.12, 6.11))]
+    noise = [run(tmp_path, f"noise-seed{s}", s, loss, attention="x") for s, loss in enumerate((4.3, 4.9, 6.2))]
+    table = comparison.ranking([*worse, *noise, *best])
+    assert list(table.index) == ["best", "worse", "noise"]
+    assert list(table["verdict"]) == ["best", "worse", "within the noise"]
+    row = table.loc["worse"]
+    half = 4.303 * 0.01 / math.sqrt(3)  # 0.10, 0.12 and 0.11: mean 0.11, deviation 0.01, t for two degrees of freedom
+    assert (row["behind the best"], row["± 95 %"]) == (pytest.approx(0.11), pytest.approx(half))
+    assert (row["held-out loss"], row["spread"], row["seeds"]) == (pytest.approx(5.11), pytest.approx(1.005, abs=1e-2), 3)
+    assert (row["parameters"], row["active"], row["FLOPs"], row["minutes"]) == (100, 60, 48_000, 1)
+    assert "worse: 5.110 nats over 3 seeds, +0.110 ± 0.025 to the best: worse" in comparison.difference([*best, *worse])
+    assert {trace.name for trace in comparison.losses([*best, *worse]).data} == {"best", "worse"}
+    assert list(comparison.curves([*best, *worse]).data[0].y) == [5.0]
+    assert comparison.first_seeds([*best[::-1], *worse]) == [best[0].resolve(), worse[0].resolve()]
+
+
+def test_what_cannot_be_judged_is_said(tmp_path):
+    best = [run(tmp_path, f"a-seed{s}", s, 4.0, attention="mla") for s in (0, 1)]
+    alone = run(tmp_path, "alone", 0, 4.5, attention="mha")
+    other = [run(tmp_path, f"other-seed{s}", s, 5.0, text="another", corpus="x") for s in (0, 1)]
+    unfinished = run(tmp_path, "unfinished", 0, 1.0, attention="y")
+    (unfinished / "results.json").unlink()
+    verdicts = comparison.ranking([*best, alone, *other, unfinished])["verdict"]
+    assert verdicts.to_dict() == {"a": "best", "alone": "one seed: unknown", "other": "other text"}
+    assert comparison.states([*best, unfinished]) == "3 runs: 2 finished, 1 stopped\nunfinished: stopped"
+    assert comparison.difference([unfinished]) == comparison.difference([]) == "No run is finished yet."
+    assert len(comparison.losses([]).data) == len(comparison.curves([unfinished]).data) == 0
+
+
+def test_two_models_under_one_name_are_not_mixed(tmp_path):
+    a = run(tmp_path / "x", "m-seed0", 0, 4.0, dropout=0.0)
+    b = run(tmp_path / "y", "m-seed1", 1, 5.0, dropout=0.1)
+    assert len(comparison.ranking([a, b])) == 2
+
+
+def test_the_t_table_covers_its_seeds():
+    assert comparison.T95[2] == 4.303 and len(comparison.T95) == 16
