@@ -87,6 +87,7 @@ def opened(browser: Any, address: str, name: str) -> Any:
     page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
     idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    page.add_locator_handler(page.locator(".jp-Dialog"), lambda _: answer_dialogs(page))
     page.wait_for_selector(f"{idle}, .jp-Dialog", timeout=60_000)
     answer_dialogs(page)
     page.wait_for_selector(idle, timeout=60_000)
@@ -97,14 +98,13 @@ def opened(browser: Any, address: str, name: str) -> Any:
 def answer_dialogs(page: Any):
     """Accept what JupyterLab asks when it is slow: which kernel, or a workspace that another page still holds."""
     for dialog in page.locator(".jp-Dialog").all():
-        print(dialog.inner_text())
+        print(" ".join(dialog.inner_text().split()))
         dialog.locator(".jp-mod-accept").click()
 
 
 def run_all(page: Any):
     """By the menu, again if the kernel was not listening yet."""
     for _ in range(5):
-        answer_dialogs(page)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         try:
@@ -115,16 +115,18 @@ def run_all(page: Any):
     raise sync_api.TimeoutError("JupyterLab did not start to run the cells")
 
 
-def all_ran(page: Any, cells: int):
+def all_ran(page: Any, cells: int, seconds: float = 180):
     """Wait until so many code cells have their number; AssertionError if one of them fails."""
-    page.wait_for_function(
-        "n => document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]') || "
-        "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].filter(e => /\\[\\d+\\]:/.test(e.textContent))"
-        ".length >= n",
-        arg=cells,
-        timeout=180_000,
-    )
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
+    count = f"{prompts}.filter(e => /\\[\\d+\\]:/.test(e.textContent)).length"
     failures = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    deadline = time.monotonic() + seconds
+    while page.evaluate(count) < cells:
+        answer_dialogs(page)
+        assert failures.count() == 0, failures.first.inner_text()
+        if time.monotonic() > deadline:
+            raise sync_api.TimeoutError(f"{page.evaluate(count)} of {cells} cells have run after {seconds} s")
+        page.wait_for_timeout(300)
     assert failures.count() == 0, failures.first.inner_text()
 
 
@@ -201,10 +203,12 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
     copy_notebook("train", folder, recipe="params/smoke.yaml", **run, **changes)
     copy_notebook("curves", folder, others=others, **run)
     copy_notebook("generate", folder, prompts=[TEXTS[n] for n in HOSTILE], **run)
-    ran: set[int] = set()
+    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
+    copy_notebook("compare", folder, output_dir=run["output_dir"], **short)
+    acted: set[int] = set()
 
     def watched(page: Any) -> Any:
-        page.on("console", lambda message: ran.add(int(message.text[6:])) if message.text.startswith("owned ") else None)
+        page.on("console", lambda message: acted.add(int(message.text[6:])) if message.text.startswith("owned ") else None)
         page.on("dialog", lambda dialog: dialog.dismiss())
         return page
 
@@ -212,12 +216,16 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
         context = browser.new_context()
         context.add_init_script("window.owned = n => console.log('owned ' + n)")
         context.on("page", watched)
-        for name in ("train", "curves", "generate"):
+        for name in ("train", "curves", "generate", "compare"):
             page = ran(context, address, name)
             text = page.inner_text(".jp-Notebook")
             assert "owned(" in text and "Traceback" not in text, text[-3000:]
             if name == "generate":
                 play(page)
+            if name == "curves":
+                for tab in ("By position", "Cost", "Experts", "Texts"):
+                    page.get_by_role("tab", name=tab).click()
+                    page.wait_for_timeout(500)
             page.wait_for_timeout(1000)
             photographed(page, f"hostile_{name}")
             page.keyboard.press("Control+s")
@@ -237,5 +245,5 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
         page = context.new_page()
         page.set_content("<img src=x onerror=owned(99)>")  # the alarm itself works
         page.wait_for_timeout(500)
-    assert 99 in ran
-    return ran - {99}
+    assert 99 in acted
+    return acted - {99}

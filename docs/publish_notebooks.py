@@ -1,6 +1,7 @@
 """Renew the outputs that the committed notebooks show: `make notebooks`, after `make train`.
 
-train.ipynb takes those of outputs/quickstart/train.ipynb; the others are run on that run. What papermill
+train.ipynb takes those of outputs/quickstart/train.ipynb; curves and generate are run on that run, and compare on
+outputs/exp8_small, which `python -m lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2` makes. What papermill
 adds (injected cells, times, paths of this machine) is left out.
 """
 
@@ -17,7 +18,7 @@ def main():
     notebooks = PROJECT_ROOT / "notebooks"
     publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("curves.ipynb", "generate.ipynb"):
+        for name in ("curves.ipynb", "generate.ipynb", "compare.ipynb"):
             papermill.execute_notebook(notebooks / name, Path(folder, name), progress_bar=False, cwd=str(PROJECT_ROOT))
             publish(Path(folder, name), notebooks / name)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -16,8 +17,6 @@ from lmlib.config import printable
 from lmlib.figures import COLOURS, dash, on_any_page
 from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table
 
-# Student's t for 95 % of both sides, by degrees of freedom; beyond the table the normal distribution's 1.96 is near enough.
-T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
 
 
@@ -66,7 +65,8 @@ def _labels(kinds: dict[str, str]) -> list[str]:
 
 def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """A row a model, best first: the mean last held-out loss of its finished runs, its spread over seeds, and its distance to the
-    best model with a 95 % interval, from the differences between runs of the same seed.
+    best model with an interval, from the differences between runs of the same seed. The intervals hold all together with
+    95 % (Bonferroni), since the more models are compared the more would look worse by chance.
 
     `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", or "other text": a loss on
     another held-out text or tokenizer cannot be compared.
@@ -77,11 +77,11 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
     if means.empty:
         return pd.DataFrame(columns=columns)
-    best = done[done["model"] == means.index[0]]
+    best, level = done[done["model"] == means.index[0]], 1 - 0.05 / 2 / max(1, len(means) - 1)
     rows: dict[str, dict[str, Any]] = {}
     for model in means.index:
         runs = done[done["model"] == model]
-        behind, error, verdict = _against(best, runs) if model != means.index[0] else (0.0, math.nan, "best")
+        behind, error, verdict = _against(best, runs, level) if model != means.index[0] else (0.0, math.nan, "best")
         rows[model] = {
             "seeds": len(runs),
             "held-out loss": means[model],
@@ -91,11 +91,12 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
             "verdict": verdict,
             **{name: runs[name].mean() for name in ("accuracy", *COSTS)},
         }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("model")
+    ranked = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("model")
+    return ranked.astype({"parameters": "Int64", "active": "Int64"})
 
 
-def _against(best: pd.DataFrame, runs: pd.DataFrame) -> tuple[float, float, str]:
-    """(mean difference, half of its 95 % interval, verdict) over the seeds that both have."""
+def _against(best: pd.DataFrame, runs: pd.DataFrame, level: float) -> tuple[float, float, str]:
+    """(mean difference, half of its interval, verdict) over the seeds that both have."""
     if set(best["judged on"]) != set(runs["judged on"]):
         return math.nan, math.nan, "other text"
     ours, theirs = (frame.groupby("seed")["held-out loss"].mean() for frame in (best, runs))
@@ -103,8 +104,18 @@ def _against(best: pd.DataFrame, runs: pd.DataFrame) -> tuple[float, float, str]
     n = len(differences)
     if n < 2:
         return (differences.mean() if n else math.nan), math.nan, "one seed: unknown"
-    error = (T95[n - 1] if n <= len(T95) else 1.96) * differences.std() / math.sqrt(n)
+    error = student_t(level, n - 1) * differences.std() / math.sqrt(n)
     return differences.mean(), error, "worse" if differences.mean() > error else "within the noise"
+
+
+def student_t(level: float, freedom: int) -> float:
+    """The value that Student's t with so many degrees of freedom stays below with probability `level` (0.5 to 1)."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    # t = sqrt(freedom) tan(angle) makes the density scale * cos(angle) ** (freedom - 1), on a finite range
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = scale * np.cos(angles) ** (freedom - 1)
+    share = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * angles[1])])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level, share, angles)))
 
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:

@@ -40,7 +40,7 @@ class Explorer:
         self.run_dirs = run_dirs
         self.frame = read_runs(run_dirs)
         w, runs = ipywidgets, figures.names_of(self.frame)
-        narrow = {"description_width": "initial"}
+        narrow, fit = {"description_width": "initial"}, {"width": "max-content"}
         self.x = w.Dropdown(options=[(name, key) for key, name in AXES.items()], description="over", layout={"width": "260px"})
         self.smoothing = w.SelectionSlider(options=SMOOTHING, description="smoothing", continuous_update=False)
         self.log_x = w.Checkbox(description="log x", indent=False, layout={"width": "80px"})
@@ -49,24 +49,25 @@ class Explorer:
         self.switches, self.states, self.swatches = {}, {}, {}
         for number, run in enumerate(runs):
             self.swatches[run] = w.HTML(f"<span style='color: {figures.COLOURS[number % len(figures.COLOURS)]}'>&#9632;</span>")
-            self.switches[run] = w.Checkbox(value=True, description=printable(run), indent=False, style=narrow)
-            self.states[run] = w.Label(headline(self.frame, run))
+            self.switches[run] = w.Checkbox(value=True, description=printable(run), indent=False, style=narrow, layout=fit)
+            self.states[run] = w.Label(headline(self.frame, run), layout=fit)
         self.text_step = w.SelectionSlider(options=[("no text yet", -1)], description="step", layout={"width": "97%"})
         self.text = w.HTML(layout={"width": "97%"})
-        self.charts = {name: go.FigureWidget(figure.update_layout(width=880)) for name, figure in self._figures().items()}
+        self.charts = {name: go.FigureWidget(figure.update_layout(width=830)) for name, figure in self._figures().items()}
         tabs = {**self.charts, "Texts": w.VBox([self.text_step, self.text])}
         for control in (self.x, self.smoothing, self.log_x, self.log_loss, *self.switches.values()):
             control.observe(lambda change: self.draw(), "value")
         self.text_step.observe(lambda change: self._show_texts(), "value")
         rows = [w.HBox([self.swatches[run], self.switches[run], self.states[run]]) for run in runs]
         controls = w.HBox([self.x, self.smoothing, self.log_x, self.log_loss, self.follow])
-        self.box = w.VBox([controls, *rows, w.Tab(list(tabs.values()), titles=list(tabs))], layout={"max_width": "920px"})
+        self.box = w.VBox([controls, *rows, w.Tab(list(tabs.values()), titles=list(tabs))], layout={"max_width": "860px"})
         self._offer_texts()
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _figures(self) -> dict[str, go.Figure]:
         curves = figures.training_curves(self.frame, self.x.value, self.smoothing.value, self.log_x.value)
-        curves.update_layout(updatemenus=[], margin={"t": 60}, showlegend=len(self.switches) == 1)
+        curves.update_layout(margin={"t": 60}, showlegend=len(self.switches) == 1)
+        curves.layout.updatemenus = ()
         curves.layout.yaxis.type = "log" if self.log_loss.value else "linear"
         views = {
             "Curves": curves,

@@ -100,7 +100,7 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
     buttons = [{"label": f"{s} loss", "method": "relayout", "args": [{"yaxis.type": s}]} for s in ("linear", "log")]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 1.2, "xanchor": "left"}
     menu |= {"bgcolor": "rgba(128, 128, 128, 0.15)", "bordercolor": FAINT}
-    return on_any_page(figure, height=560).update_layout(updatemenus=[menu])
+    return on_any_page(figure, height=560, top=90).update_layout(updatemenus=[menu])
 
 
 def panel_lines(
@@ -178,8 +178,8 @@ def dash(number: int) -> str:
     return DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def on_any_page(figure: go.Figure, height: int) -> go.Figure:
-    """Without a background and in greys that read on white and on black."""
+def on_any_page(figure: go.Figure, height: int, top: int = 60) -> go.Figure:
+    """Without a background and in greys that read on white and on black; `top` pixels are left for titles and legend."""
     figure.update_xaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
     figure.update_yaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
     figure.update_annotations(font={"size": 14})
@@ -189,7 +189,7 @@ def on_any_page(figure: go.Figure, height: int) -> go.Figure:
         plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"color": GREY},
         height=height,
-        margin={"l": 55, "r": 20, "t": 90, "b": 50},
+        margin={"l": 60, "r": 20, "t": top, "b": 50},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"},
     )
 
@@ -239,7 +239,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
     for number, (name, row) in enumerate(table.iterrows()):
         for place, column in enumerate(columns):
             values = [row.get(column), row.get("active")] if column == "parameters" else [row.get(column)]
-            shown = [value for value in values if value is not None and value == value]
+            shown = [value for value in values if pd.notna(value)]
             figure.add_scatter(
                 x=shown,
                 y=[row.get("held-out loss")] * len(shown),
@@ -281,7 +281,7 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(type="category", tickfont={"size": 9})
     figure.update_yaxes(title_text="layer.expert", col=1)
     scale = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2, "colorbar": {"title": {"text": "share"}}}
-    return on_any_page(figure, height=420).update_layout(coloraxis=scale)
+    return on_any_page(figure, height=420 if runs else 100).update_layout(coloraxis=scale)
 
 
 def _is_load(load: Any) -> bool:

@@ -28,16 +28,18 @@ def show(figure: go.Figure, text: str = "A figure"):
     display(bundle(figure, text), raw=True)
 
 
-def png(figure: go.Figure, width: int = 1000) -> bytes:
+def png(figure: go.Figure, width: int = 864) -> bytes:
     """A figure of lines, marks and heat maps, drawn by matplotlib on a transparent ground."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     layout = figure.layout
     page = Figure(figsize=(width / 80, layout.height / 80), dpi=80)
     FigureCanvasAgg(page)
     has_map = any(trace.type == "heatmap" for trace in figure.data)
-    left, right, top, bottom = 0.06, 0.9 if has_map else 0.985, 1 - 90 / layout.height, 55 / layout.height
+    left, right = max(0.07, layout.margin.l / width), 0.9 if has_map else 0.985
+    top, bottom = 1 - layout.margin.t / layout.height, 55 / layout.height
 
     def place(x: float, y: float) -> tuple[float, float]:  # a point of Plotly's paper on the page
         return left + x * (right - left), bottom + y * (top - bottom)
@@ -51,6 +53,10 @@ def png(figure: go.Figure, width: int = 1000) -> bytes:
             axis = axes[key] = page.add_axes((x0, y0, x1 - x0, y1 - y0))
             axis.set_xscale(x.type if x.type == "log" else "linear")
             axis.set_yscale(y.type if y.type == "log" else "linear")
+            if x.type == "log":
+                axis.xaxis.set_minor_formatter(NullFormatter())
+            elif trace.type != "heatmap":
+                axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.set_xlabel(x.title.text or "", parse_math=False)
             axis.set_ylabel(y.title.text or "", parse_math=False, color=GREY)
         axis = axes[key]

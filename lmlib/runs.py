@@ -87,14 +87,18 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
         found = json.loads(f"[{','.join(lines)}]")  # at once: three times as quick as line by line
     except (ValueError, RecursionError):
         found = [_parsed(line) for line in lines]
-    records = [
-        r for r in found if isinstance(r, dict) and isinstance(r.get("step"), int | float) and isinstance(r.get("kind"), str)
-    ]
+    records = [record for record in found if _is_record(record)]
     for record in records:
         timing = record.pop("timing", None)
         if isinstance(timing, dict):
             record.update(timing)
     return records, len(lines) - len(records)
+
+
+def _is_record(found: Any) -> bool:
+    """Whether it has a kind and a finite step."""
+    is_known = isinstance(found, dict) and isinstance(found.get("kind"), str) and isinstance(found.get("step"), int | float)
+    return is_known and abs(found["step"]) < 2**53
 
 
 def _parsed(line: str) -> Any:
@@ -210,6 +214,8 @@ def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         rows[run] = row
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["steps", *SCORES, *COSTS, "state"])
     table[[*SCORES, *COSTS]] = table[[*SCORES, *COSTS]].apply(pd.to_numeric, errors="coerce")
+    whole = ["at step", "parameters", "active"]
+    table[whole] = table[whole].replace([np.inf, -np.inf], np.nan).round().astype("Int64")
     return table.rename_axis("run")
 
 

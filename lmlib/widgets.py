@@ -81,7 +81,7 @@ class _LiveChart:
     def draw(self, frame: Any):
         import plotly.graph_objects as go
 
-        figure = figures.training_curves(frame).update_layout(width=860)
+        figure = figures.training_curves(frame).update_layout(width=850)
         self.status.value = " ".join(headline(frame, run) for run in frame.attrs["runs"])
         self.text.value = shading.cards(texts_at(frame)[:1])
         if self.chart is None:

@@ -22,7 +22,7 @@ def lab(trained, tmp_path_factory):
     for name in ("curves", "generate"):
         jupyter.copy_notebook(name, folder, run_name="trained", **run)
     jupyter.copy_notebook("curves", folder, "follow", run_name="trained", others=["followed"], **run)
-    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20}
+    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
     jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir), **short)
     with jupyter.jupyterlab(folder) as address:
         yield address

@@ -38,8 +38,8 @@ def test_a_difference_is_judged_by_the_differences_between_runs_of_one_seed(tmp_
     assert list(table.index) == ["best", "worse", "noise"]
     assert list(table["verdict"]) == ["best", "worse", "within the noise"]
     row = table.loc["worse"]
-    half = 4.303 * 0.01 / math.sqrt(3)  # 0.10, 0.12 and 0.11: mean 0.11, deviation 0.01, t for two degrees of freedom
-    assert (row["behind the best"], row["± 95 %"]) == (pytest.approx(0.11), pytest.approx(half))
+    half = 6.205 * 0.01 / math.sqrt(3)  # 0.10, 0.12 and 0.11: mean 0.11, deviation 0.01; t at 1 - 0.025 / 2 comparisons
+    assert (row["behind the best"], row["± 95 %"]) == (pytest.approx(0.11), pytest.approx(half, rel=1e-3))
     assert (row["held-out loss"], row["spread"], row["seeds"]) == (pytest.approx(5.11), pytest.approx(1.005, abs=1e-2), 3)
     assert (row["parameters"], row["active"], row["FLOPs"], row["minutes"]) == (100, 60, 48_000, 1)
     assert "worse: 5.110 nats over 3 seeds, +0.110 ± 0.025 to the best: worse" in comparison.difference([*best, *worse])
@@ -67,5 +67,9 @@ def test_two_models_under_one_name_are_not_mixed(tmp_path):
     assert len(comparison.ranking([a, b])) == 2
 
 
-def test_the_t_table_covers_its_seeds():
-    assert comparison.T95[2] == 4.303 and len(comparison.T95) == 16
+@pytest.mark.parametrize(
+    ("level", "freedom", "value"),
+    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 15, 2.131), (0.995, 4, 4.604), (0.975, 1000, 1.962)],
+)
+def test_student_t_is_that_of_the_tables(level, freedom, value):
+    assert comparison.student_t(level, freedom) == pytest.approx(value, abs=6e-4)

@@ -45,6 +45,10 @@ STRANGE = {
         None,
     ),
     "another's types": ([step(1, {"value": 5.0}), '{"kind": "eval", "step": 2, "val_loss": "low"}\n', "5\n[]\nnull\n"], None),
+    "numbers out of range": (
+        [step(1), '{"kind": "step", "step": 1e999}\n', '{"kind": "eval", "step": 1.5, "val_loss": 1e999}\n'],
+        None,
+    ),
     "no text": (["\x00\x01\n", "\ud7ff\n"], None),
     "lists of the wrong kind": (
         [step(1, expert_load=["x"]), step(2, expert_load=[[0.5, "y"]]), step(3, expert_load=[[1.0]])],
@@ -74,14 +78,16 @@ def test_strange_runs_are_shown_as_far_as_they_go_and_labelled(name, tmp_path, t
 
 
 @pytest.mark.parametrize("file", ["config.json", "environment.json", "results.json"])
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"sessions": 5, "model": 7}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"sessions": 5, "model": 7}', '{"model": {"parameter_count": 1e999, "flops_per_token": "x"}}']
+)
 def test_damaged_files_beside_the_records_take_nothing_from_them(file, content, tmp_path):
     folder = write(tmp_path / "run", [step(1), step(2)])
     (folder / file).write_text(content)
     frame = runs.read_runs(folder)
     assert list(frame["loss"]) == [5.0, 5.0]
     assert len(runs.results_table([folder])) == 1 and runs.resumes(folder) == []
-    assert bool(frame.attrs["notes"]["run"]) == (file == "config.json" and "sessions" not in content)
+    assert bool(frame.attrs["notes"]["run"]) == (file == "config.json" and '": ' not in content)
     runs.parameters_table([folder])
 
 
