@@ -25,6 +25,7 @@ lab: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) benchmarks/train.py
 	$(RUN) benchmarks/generate.py
+	$(RUN) benchmarks/experts.py
 
 notebooks: $(VENV)/ready
 	$(RUN) docs/publish_notebooks.py

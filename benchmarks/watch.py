@@ -1,6 +1,6 @@
 """What watching a run costs: a run of 10,000 steps in a real Jupyter kernel, its live chart drawn as JupyterLab asks for it.
 
-    python benchmarks/watch.py [--steps N]
+    python benchmarks/watch.py [--steps N] [--width C]
 
 Prints the share of the run's time that reading the records, drawing and sending took, live and headless. The browser's own
 work is not counted.
@@ -34,7 +34,7 @@ def timed_read(folder):
     return frame
 widgets.read_runs, chart.draw = timed_read, timed(chart.draw)
 config = lmlib.RunConfig.load({recipe!r}, output_dir={folder!r}, run_name="watched", total_steps={steps}, eval_every=100,
-    checkpoint_every={steps}, log_every=10)
+    checkpoint_every={steps}, log_every=10, hidden_size={width})
 began = time.perf_counter()
 for record in widgets.watch(lmlib.train(config), config.run_dir):
     pass
@@ -44,9 +44,9 @@ print(f"RESULT {{spent[0] / total:.2%}} of {{total:.0f}} s: {{spent[1]}} drawing
 """
 
 
-def measure(live: bool, steps: int, folder: str) -> str:
+def measure(live: bool, steps: int, width: int, folder: str) -> str:
     """The line that a kernel prints; JupyterLab's cell number in the message makes it draw live."""
-    code = CODE.format(live=live, recipe=str(PROJECT_ROOT / "params" / "smoke.yaml"), folder=folder, steps=steps)
+    code = CODE.format(live=live, recipe=str(PROJECT_ROOT / "params" / "smoke.yaml"), folder=folder, steps=steps, width=width)
     manager, client = start_new_kernel(kernel_name="python3")
     try:
         message = client.session.msg(
@@ -68,10 +68,11 @@ def measure(live: bool, steps: int, folder: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--width", type=int, default=32, help="hidden_size: how long a step takes")
+    options = parser.parse_args()
     for live in (True, False):
         with tempfile.TemporaryDirectory() as folder:
-            print(f"{'live' if live else 'headless'}: {measure(live, steps, folder)}", flush=True)
+            print(f"{'live' if live else 'headless'}: {measure(live, options.steps, options.width, folder)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,18 @@ def notebook(options: argparse.Namespace):
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
+    ended = threading.Event()
+
+    def keep_asking():
+        """A run that is only starting would take a `stop` for an earlier session's."""
+        while not ended.wait(0.5):
+            (config.run_dir / "stop").touch()
+
     def ask_to_stop(number: int, frame: Any):
         """Ctrl-C lets the step at hand end and be saved, as in the terminal; a second one interrupts."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after the step at hand (Ctrl-C again: at once).", file=sys.stderr)
-        (config.run_dir / "stop").touch()
+        threading.Thread(target=keep_asking, daemon=True).start()
 
     config.run_dir.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGINT, ask_to_stop)
@@ -147,6 +155,8 @@ def notebook(options: argparse.Namespace):
         print(f"The notebook's kernel died (out of memory?). Start again to go on. So far: {executed}", file=sys.stderr)
         return 1
     finally:
+        ended.set()
+        (config.run_dir / "stop").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, before)
     print(f"\nEverything is in {config.run_dir}: open train.ipynb or training_curves.html there.")
     return 0
@@ -157,7 +167,9 @@ def sweep(options: argparse.Namespace) -> int:
         raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
     if short := [given[0] for given in options.p if len(given) < 2]:
         raise ValueError(f"-p {short[0]} has no value: write -p NAME VALUE, or several values, as in -p seed 0 1 2")
-    pairs = {name: [parse_overrides([(name, value)])[name] for value in values] for name, *values in options.p}
+    pairs: dict[str, list[Any]] = {}
+    for name, *values in options.p:
+        pairs.setdefault(name, []).extend(parse_overrides([(name, value)])[name] for value in values)
     from lmlib import sweep
 
     return report(sweep.plan(options.params, pairs), options.jobs)
@@ -246,7 +258,7 @@ def runs(options: argparse.Namespace):
 
     folder = resolve_path(options.output_dir)
     found = runs.named_folders(runs.find_runs(folder, nested=True)).values()
-    names = [printable(str(run_dir.relative_to(folder.resolve()))) for run_dir in found]
+    names = [printable(str(run_dir.relative_to(folder))) for run_dir in found]
     for name, (_, row) in zip(names, runs.results_table(found).iterrows(), strict=True):
         state, *notes = row["state"].split("; ")
         line = f"{name:<{max(24, *map(len, names))}} {state:<9} step {row['steps']:>7}  best held-out loss "

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,25 +14,50 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib import run_folder
-from lmlib.config import printable
-from lmlib.figures import COLOURS, dash, on_any_page
-from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table
+from lmlib.figures import COLOURS, dash, on_any_page, symbols
+from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table, whole_config
 
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
 
 
 def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """A row a run: the model it is of, its seed, what it was judged on, and `results_table`'s columns."""
-    folders, table = named_folders(run_dirs), results_table(run_dirs)
-    configs = {run: read_file(folder / "config.json") for run, folder in folders.items()}
+    """A row a run: the model it is of, its seed, what it was judged on, and `results_table`'s columns.
+
+    Runs are of one model if they differ in their seed alone, whatever their folders are called.
+    """
+    folders = named_folders(run_dirs)
+    configs = {run: whole_config(folder) for run, folder in folders.items()}
     kinds = {
         run: json.dumps({k: v for k, v in c.items() if k not in NOT_THE_MODEL}, sort_keys=True) for run, c in configs.items()
     }
-    prints = {run: read_file(folder / "environment.json").get("fingerprints") for run, folder in folders.items()}
-    table["seed"] = [configs[run].get("seed") for run in table.index]
-    table["model"] = _labels(kinds)
-    table["judged on"] = [json.dumps(prints[run], sort_keys=True) for run in table.index]
+    table, labels = results_table(folders.values()), _labels(kinds)
+    table["seed"] = pd.to_numeric(
+        pd.Series({run: config.get("seed") for run, config in configs.items()}, dtype=object), errors="coerce"
+    )
+    table["model"] = [labels[run] for run in table.index]
+    table["judged on"] = [_judged_on(folders[run], configs[run]) for run in table.index]
     return table
+
+
+def _labels(kinds: dict[str, str]) -> dict[str, str]:
+    """A name for each run's model: what its runs' names have in common, without the seed."""
+    labels: dict[str, str] = {}
+    for kind in dict.fromkeys(kinds.values()):
+        names = [re.sub(r"[-_.]seed\d+", "", name) for name, other in kinds.items() if other == kind]
+        common = os.path.commonprefix(names).rstrip("-_./") or names[0]
+        label, number = common, 2
+        while label in labels.values():
+            label, number = f"{common} ({number})", number + 1
+        labels[kind] = label
+    return {run: labels[kind] for run, kind in kinds.items()}
+
+
+def _judged_on(folder: Path, config: dict[str, Any]) -> str:
+    """What decides the held-out windows: their tokens, length and number. Losses on others cannot be compared."""
+    prints = read_file(folder / "environment.json").get("fingerprints")
+    prints = prints if isinstance(prints, dict) else {}
+    files = [prints.get(name) for name in ("validation.bin", "tokenizer.json")]
+    return json.dumps([*files, config.get("sequence_length"), config.get("validation_windows")])
 
 
 def states(run_dirs: Iterable[str | Path]) -> str:
@@ -39,73 +65,66 @@ def states(run_dirs: Iterable[str | Path]) -> str:
     states = {run: run_folder.life(folder) for run, folder in named_folders(run_dirs).items()}
     counts = [f"{list(states.values()).count(state)} {state}" for state in sorted(set(states.values()))]
     others = [f"{run}: {state}" for run, state in states.items() if state != "finished"]
-    return printable("\n".join([f"{len(states)} runs: {', '.join(counts) or 'none'}", *others]))
+    return "\n".join([f"{len(states)} runs: {', '.join(counts) or 'none'}", *others])
 
 
 def first_seeds(run_dirs: Iterable[str | Path]) -> list[Path]:
     """One run of each model: that of its lowest seed."""
     folders = named_folders(run_dirs)
     table = scores(folders.values())
-    return [folders[run] for run in table.sort_values("seed", kind="stable").drop_duplicates("model").index if run in folders]
+    return [folders[run] for run in table.sort_values("seed", kind="stable").drop_duplicates("model").index]
 
 
-def _labels(kinds: dict[str, str]) -> list[str]:
-    """A name for each run's model: the run's, without its seed, told apart where two models would share one."""
-    names = {run: re.sub(r"-seed\d+", "", run) for run in kinds}
-    taken: dict[str, list[str]] = {}
-    for run, kind in kinds.items():
-        known = taken.setdefault(names[run], [])
-        if kind not in known:
-            known.append(kind)
-    return [
-        names[run] + (f" ({taken[names[run]].index(kind) + 1})" if len(taken[names[run]]) > 1 else "")
-        for run, kind in kinds.items()
-    ]
+def finished(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+    """The rows of `scores` that have a last loss, one a model and seed."""
+    table = scores(run_dirs)
+    done = table[table["state"].astype(str).str.startswith("finished") & table["held-out loss"].notna()]
+    return done.drop_duplicates(["model", "seed"], keep="last")
 
 
 def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """A row a model, best first: the mean last held-out loss of its finished runs, its spread over seeds, and its distance to the
-    best model with an interval, from the differences between runs of the same seed. The intervals hold all together with
-    95 % (Bonferroni), since the more models are compared the more would look worse by chance.
+    best model with an interval.
+
+    The intervals hold for all pairs of models together with 95 %: Student's t, corrected for every pair since the best is
+    known only afterwards (Bonferroni), on what is left of the losses when each model's and each seed's mean is taken away.
 
     `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", or "other text": a loss on
-    another held-out text or tokenizer cannot be compared.
+    other held-out windows or another tokenizer cannot be compared.
     """
-    table = scores(run_dirs)
-    done = table[table["state"].astype(str).str.startswith("finished") & table["held-out loss"].notna()]
-    means = done.groupby("model")["held-out loss"].mean().sort_values()
+    done = finished(run_dirs)
     columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
-    if means.empty:
+    if done.empty:
         return pd.DataFrame(columns=columns)
-    best, level = done[done["model"] == means.index[0]], 1 - 0.05 / 2 / max(1, len(means) - 1)
+    here = done[done["judged on"] == done["judged on"].mode()[0]]
+    losses = here.pivot(index="model", columns="seed", values="held-out loss")  # models x seeds
+    several = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)  # the seeds that all of them have
+    best = (several if len(several) and several.shape[1] > 1 else losses).mean(axis=1).idxmin()
+    error = _half_interval(several.to_numpy()) if min(several.shape) > 1 else math.nan
     rows: dict[str, dict[str, Any]] = {}
-    for model in means.index:
-        runs = done[done["model"] == model]
-        behind, error, verdict = _against(best, runs, level) if model != means.index[0] else (0.0, math.nan, "best")
-        rows[model] = {
-            "seeds": len(runs),
-            "held-out loss": means[model],
-            "spread": runs["held-out loss"].std(),
-            "behind the best": behind,
-            "± 95 %": error,
-            "verdict": verdict,
-            **{name: runs[name].mean() for name in ("accuracy", *COSTS)},
-        }
-    ranked = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("model")
-    return ranked.astype({"parameters": "Int64", "active": "Int64"})
+    for model, runs in done.groupby("model"):
+        row = {"seeds": len(runs), "held-out loss": runs["held-out loss"].mean(), "spread": runs["held-out loss"].std()}
+        row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": "one seed: unknown"}
+        if model not in losses.index:
+            row["verdict"] = "other text"
+        elif model == best:
+            row |= {"behind the best": 0.0, "verdict": "best"}
+        elif model in several.index and error == error:
+            behind = float((several.loc[model] - several.loc[best]).mean())
+            row |= {"behind the best": behind, "± 95 %": error, "verdict": "worse" if behind > error else "within the noise"}
+        rows[str(model)] = row | {name: runs[name].astype(float).mean() for name in ("accuracy", *COSTS)}
+    ranked = pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("held-out loss", kind="stable")
+    ranked = pd.concat([ranked[ranked["verdict"] != "other text"], ranked[ranked["verdict"] == "other text"]])
+    return ranked.rename_axis("model").round({"parameters": 0, "active": 0}).astype({"parameters": "Int64", "active": "Int64"})
 
 
-def _against(best: pd.DataFrame, runs: pd.DataFrame, level: float) -> tuple[float, float, str]:
-    """(mean difference, half of its interval, verdict) over the seeds that both have."""
-    if set(best["judged on"]) != set(runs["judged on"]):
-        return math.nan, math.nan, "other text"
-    ours, theirs = (frame.groupby("seed")["held-out loss"].mean() for frame in (best, runs))
-    differences = (theirs - ours).dropna()
-    n = len(differences)
-    if n < 2:
-        return (differences.mean() if n else math.nan), math.nan, "one seed: unknown"
-    error = student_t(level, n - 1) * differences.std() / math.sqrt(n)
-    return differences.mean(), error, "worse" if differences.mean() > error else "within the noise"
+def _half_interval(losses: np.ndarray) -> float:
+    """Half of the interval of a difference between two models' means, from their losses (models x seeds), both at least 2."""
+    models, seeds = losses.shape
+    left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
+    freedom = (models - 1) * (seeds - 1)
+    level = 1 - 0.05 / 2 / (models * (models - 1) / 2)
+    return student_t(level, freedom) * math.sqrt((left**2).sum() / freedom * 2 / seeds)
 
 
 def student_t(level: float, freedom: int) -> float:
@@ -119,29 +138,29 @@ def student_t(level: float, freedom: int) -> float:
 
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
-    """A line a model, best below: a dot for each seed's last held-out loss, a bar at their mean."""
-    table, order = scores(run_dirs), list(ranking(run_dirs).index)
+    """A line a model, best above: a dot for each seed's last held-out loss, a bar at their mean."""
+    run_dirs = list(run_dirs)
+    done, order = finished(run_dirs), list(ranking(run_dirs).index)
     figure = go.Figure()
-    for number, model in enumerate(order[::-1]):
-        runs = table[table["model"] == model]
-        values = [value for value in runs["held-out loss"] if value == value]
-        color = COLOURS[(len(order) - 1 - number) % len(COLOURS)]
-        name = html.escape(model)
-        figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker={"color": color, "size": 9}, name=name)
-        mean = sum(values) / len(values)
-        figure.add_scatter(
-            x=[mean], y=[name], mode="markers", marker={"color": color, "size": 20, "symbol": "line-ns-open"}, name=name
-        )
+    for number, model in reversed(list(enumerate(order))):
+        values = done[done["model"] == model]["held-out loss"].tolist()
+        color, name = COLOURS[number % len(COLOURS)], html.escape(model)
+        dots = {"color": color, "size": 9, "symbol": symbols(number)[0]}
+        figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker=dots, name=name)
+        bar = {"color": color, "size": 20, "symbol": "line-ns-open"}
+        figure.add_scatter(x=[sum(values) / len(values)], y=[name], mode="markers", marker=bar, name=name)
     figure.update_layout(showlegend=False, xaxis_title="held-out loss after the last step (nats a token); a dot a seed")
-    return on_any_page(figure, height=130 + 36 * max(1, len(order))).update_layout(margin={"l": 220, "t": 20})
+    return on_any_page(figure, height=130 + 36 * max(1, len(order)), top=20).update_layout(margin={"l": 220})
 
 
 def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
-    """The held-out loss of each model over steps, tokens, minutes or flops: the mean of its seeds, and their spread."""
-    frame, models = read_runs(run_dirs), scores(run_dirs)["model"]
-    evals = frame[frame["kind"] == "eval"].assign(model=lambda rows: rows["run"].map(models))
-    order, figure = list(ranking(run_dirs).index), go.Figure()
-    for number, model in enumerate(order):
+    """The held-out loss of each model over steps, tokens, minutes or flops: the mean of its finished seeds, and their spread."""
+    run_dirs = list(run_dirs)
+    models = finished(run_dirs)["model"]
+    frame = read_runs(run_dirs)
+    evals = frame[(frame["kind"] == "eval") & frame["run"].isin(models.index)].assign(model=lambda rows: rows["run"].map(models))
+    figure = go.Figure()
+    for number, model in enumerate(ranking(run_dirs).index):
         steps = evals[evals["model"] == model].groupby("step")
         color = COLOURS[number % len(COLOURS)]
         figure.add_scatter(
@@ -155,7 +174,7 @@ def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
         )
     figure.update_xaxes(title_text=AXES[x])
     figure.update_yaxes(title_text="held-out loss (nats a token)")
-    return on_any_page(figure, height=420)
+    return on_any_page(figure, height=440, top=90)
 
 
 def difference(run_dirs: Iterable[str | Path]) -> str:
@@ -166,4 +185,4 @@ def difference(run_dirs: Iterable[str | Path]) -> str:
         if row["verdict"] in ("worse", "within the noise"):
             loss += f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
         lines.append(f"{loss}: {row['verdict']}")
-    return printable("\n".join(lines)) or "No run is finished yet."
+    return "\n".join(lines) or "No run is finished yet."

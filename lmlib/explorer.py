@@ -37,7 +37,7 @@ class Explorer:
     """The controls, and the figures that they change. A run has one colour and one switch for all of them."""
 
     def __init__(self, run_dirs: list[str | Path]):
-        self.run_dirs = run_dirs
+        self.run_dirs, self.lock = run_dirs, threading.RLock()  # the reader's hand and the follower draw in turn
         self.frame = read_runs(run_dirs)
         w, runs = ipywidgets, figures.names_of(self.frame)
         narrow, fit = {"description_width": "initial"}, {"width": "max-content"}
@@ -48,8 +48,9 @@ class Explorer:
         self.follow = w.Checkbox(value=True, description="follow", indent=False, layout={"width": "80px"})
         self.switches, self.states, self.swatches = {}, {}, {}
         for number, run in enumerate(runs):
-            self.swatches[run] = w.HTML(f"<span style='color: {figures.COLOURS[number % len(figures.COLOURS)]}'>&#9632;</span>")
-            self.switches[run] = w.Checkbox(value=True, description=printable(run), indent=False, style=narrow, layout=fit)
+            color, mark = figures.COLOURS[number % len(figures.COLOURS)], "■◆▲●"[number // len(figures.COLOURS) % 4]
+            self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
+            self.switches[run] = w.Checkbox(value=True, description=run, indent=False, style=narrow, layout=fit)
             self.states[run] = w.Label(headline(self.frame, run), layout=fit)
         self.text_step = w.SelectionSlider(options=[("no text yet", -1)], description="step", layout={"width": "97%"})
         self.text = w.HTML(layout={"width": "97%"})
@@ -60,7 +61,9 @@ class Explorer:
         self.text_step.observe(lambda change: self._show_texts(), "value")
         rows = [w.HBox([self.swatches[run], self.switches[run], self.states[run]]) for run in runs]
         controls = w.HBox([self.x, self.smoothing, self.log_x, self.log_loss, self.follow])
-        self.box = w.VBox([controls, *rows, w.Tab(list(tabs.values()), titles=list(tabs))], layout={"max_width": "860px"})
+        self.tabs = w.Tab(list(tabs.values()), titles=list(tabs))
+        self.box = w.VBox([controls, *rows, self.tabs], layout={"max_width": "860px"})
+        self.box._view_count = 0  # JupyterLab counts those who look at it
         self._offer_texts()
         threading.Thread(target=self._follow, daemon=True).start()
 
@@ -72,7 +75,7 @@ class Explorer:
         views = {
             "Curves": curves,
             "By position": figures.loss_by_position(self.frame),
-            "Cost": figures.cost(results_table(self.run_dirs)),
+            "Cost": figures.cost(results_table(self.frame)),
             "Experts": figures.expert_load(self.frame),
         }
         for figure in views.values():
@@ -83,18 +86,33 @@ class Explorer:
 
     def draw(self):
         """Bring the charts up to the controls and the records, moving their lines."""
-        for name, figure in self._figures().items():
+        with self.lock:
+            self._draw()
+
+    def _draw(self):
+        for number, (name, figure) in enumerate(self._figures().items()):
             chart = self.charts[name]
+            if len(chart.data) != len(figure.data):  # the first record of experts, say
+                self.charts[name] = go.FigureWidget(figure.update_layout(width=830))
+                shown = list(self.tabs.children)
+                shown[number] = self.charts[name]
+                self.tabs.children = shown
+                continue
             with chart.batch_update():
-                for old, new in zip(chart.data, figure.data, strict=False):
+                for old, new in zip(chart.data, figure.data, strict=True):
                     old.update(new.to_plotly_json())
                 for axis in (key for key in figure.layout if key.startswith(("xaxis", "yaxis"))):
                     chart.layout[axis].update(type=figure.layout[axis].type, title=figure.layout[axis].title)
         self._show_texts()
 
     def refresh(self):
-        """Read the records again."""
-        self.frame = read_runs(self.run_dirs)
+        """Read the records again; a run whose folder has gone keeps its lines."""
+        try:
+            frame = read_runs(self.run_dirs)
+        except ValueError:
+            return
+        with self.lock:
+            self.frame = frame
         for run, label in self.states.items():
             label.value = headline(self.frame, run)
         self._offer_texts()
@@ -113,10 +131,11 @@ class Explorer:
     def _show_texts(self):
         """What each run wrote at the evaluation before or at the step chosen."""
         shown = self.frame[self.frame["run"].isin([run for run, switch in self.switches.items() if switch.value])]
-        self.text.value = shading.cards(texts_at(shown, self.text_step.value)) or "No text has been recorded yet."
+        texts = texts_at(shown, self.text_step.value)
+        self.text.value = shading.cards(texts) if texts else "No text has been recorded yet."
 
     def _follow(self):
-        """Look whether records have come; a chart that nobody holds any more ends the thread."""
+        """Look whether records have come, as long as somebody looks at the charts."""
 
         def sizes() -> list[int]:
             files = [Path(folder) / "metrics.jsonl" for folder in self.frame.attrs["runs"].values()]
@@ -125,6 +144,8 @@ class Explorer:
         known = sizes()
         while self.box.comm is not None:
             time.sleep(POLL)
+            if not self.box._view_count:
+                continue
             for run, label in self.states.items():
                 label.value = headline(self.frame, run)
             if self.follow.value and (now := sizes()) != known:

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lmlib.config import resolve_path
+from lmlib.config import printable, resolve_path
 from lmlib.pictures import GREY, bundle, png
 from lmlib.runs import AXES, clock, parameters_table, read_runs, results_table, resumes
 
@@ -46,7 +46,8 @@ def describe(record: Any, total_steps: int) -> str:
             f" Perplexity: {record.val_perplexity:.2f}, Bits per byte: {record.val_bits_per_byte:.4f}"
         )
     if record.kind == "sample":
-        return f"   Text: {json.dumps(record.prompts[0], ensure_ascii=False)} → {json.dumps(record.texts[0], ensure_ascii=False)}"
+        prompt, text = (json.dumps(part[0], ensure_ascii=False) for part in (record.prompts, record.texts))
+        return printable(f"   Text: {prompt} → {text}")
     if record.kind == "checkpoint":
         return f"💾 Checkpoint saved: {record.path}"
     if record.kind == "profile":
@@ -76,7 +77,7 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
         for place, lines in enumerate(panel_lines(frame[frame["run"] == run], x, smoothing, folder)):
             for line in lines:
                 figure.add_scatter(
-                    x=line["x"],
+                    x=[value if value > 0 else None for value in line["x"]] if log_x else line["x"],  # no logarithm of step 0
                     y=line["y"],
                     mode=line["mode"],
                     line={"color": colour(number, line, len(runs)), "width": 2 if line["bold"] else 1, "dash": dash(number)},
@@ -145,7 +146,7 @@ def _line(
     rows = rows.iloc[_kept(rows[column].to_numpy(float))] if len(rows) > POINTS else rows
     return {
         **{"x": rows[x].tolist() if len(rows) else [], "y": rows[column].tolist() if len(rows) else [], "name": name},
-        **{"error": rows[error].tolist() if error in rows else None, "bold": bold, "mode": mode, "symbol": symbol},
+        **{"error": rows[error].clip(lower=0).tolist() if error in rows else None, "bold": bold, "mode": mode, "symbol": symbol},
     }
 
 
@@ -176,6 +177,12 @@ def colour(number: int, line: dict[str, Any], runs: int) -> str:
 
 def dash(number: int) -> str:
     return DASHES[number // len(COLOURS) % len(DASHES)]
+
+
+def symbols(number: int) -> list[str]:
+    """Filled and open, of one shape a round of the colours."""
+    shape = ["circle", "square", "diamond", "triangle-up"][number // len(COLOURS) % 4]
+    return [shape, f"{shape}-open"]
 
 
 def on_any_page(figure: go.Figure, height: int, top: int = 60) -> go.Figure:
@@ -244,7 +251,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
                 x=shown,
                 y=[row.get("held-out loss")] * len(shown),
                 mode="markers",
-                marker={"color": COLOURS[number % len(COLOURS)], "size": 11, "symbol": ["circle", "circle-open"][: len(shown)]},
+                marker={"color": COLOURS[number % len(COLOURS)], "size": 11, "symbol": symbols(number)[: len(shown)]},
                 name=html.escape(str(name)),
                 legendgroup=str(name),
                 showlegend=place == 0,
@@ -262,7 +269,10 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
     an expert, layer above layer; 1 is even."""
     known = frame[frame["expert_load"].map(_is_load)] if "expert_load" in frame else frame.iloc[:0]
     runs = [run for run in names_of(frame) if run in set(known["run"])]
-    figure = make_subplots(1, max(1, len(runs)), subplot_titles=[html.escape(run) for run in runs] or ["No run has experts"])
+    columns = min(3, max(1, len(runs)))
+    rows_of_charts = -(-len(runs) // columns) or 1
+    titles = [html.escape(run) for run in runs] or ["No run has experts"]
+    figure = make_subplots(rows_of_charts, columns, subplot_titles=titles, vertical_spacing=0.25 / rows_of_charts)
     for place, run in enumerate(runs):
         rows = known[known["run"] == run]
         load = rows["expert_load"].iloc[0]
@@ -274,19 +284,21 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
             z=np.array(shares).T.tolist(),
             coloraxis="coloraxis",
             name=html.escape(run),
-            row=1,
-            col=place + 1,
+            row=place // columns + 1,
+            col=place % columns + 1,
         )
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(title_text="step", row=rows_of_charts)
     figure.update_yaxes(type="category", tickfont={"size": 9})
     figure.update_yaxes(title_text="layer.expert", col=1)
     scale = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2, "colorbar": {"title": {"text": "share"}}}
-    return on_any_page(figure, height=420 if runs else 100).update_layout(coloraxis=scale)
+    return on_any_page(figure, height=120 + 260 * rows_of_charts if runs else 100).update_layout(coloraxis=scale)
 
 
 def _is_load(load: Any) -> bool:
     layers = load if isinstance(load, list) else []
-    return bool(layers) and all(isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in layers)
+    return bool(layers) and all(
+        row and isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in layers
+    )
 
 
 def learning_rates(found: Any) -> go.Figure:

@@ -65,17 +65,21 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
             axis.set_yticks(range(len(trace.y)), trace.y, fontsize=6)
             continue
         _draw(axis, trace)
-        if trace.showlegend is not False and trace.name and len(trace.x):
+        if layout.showlegend is not False and trace.showlegend is not False and trace.name and len(trace.x):
             named.setdefault(html.unescape(trace.name), axis.lines[-1] if axis.lines else axis.collections[-1])
     if has_map:
         bar = page.colorbar(mesh, cax=page.add_axes((0.92, bottom, 0.015, top - bottom)))
         bar.ax.tick_params(colors=GREY, labelsize=8)
     for note in layout.annotations:
-        page.text(*place(note.x, note.y), html.unescape(note.text), ha="center", va="bottom", color=GREY, parse_math=False)
+        page.text(
+            *place(note.x, note.y), html.unescape(note.text), ha="center", va="bottom", color=GREY, fontsize=9, parse_math=False
+        )
     for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.patch.set_alpha(0)
         axis.tick_params(colors=GREY, labelsize=8, which="both")
+        for label in axis.get_yticklabels():
+            label.set_parse_math(False)
         axis.xaxis.label.set_color(GREY)
         for spine in axis.spines.values():
             spine.set_color(GREY)
@@ -92,21 +96,21 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
 
 def _draw(axis: Any, trace: go.Scatter):
     """One Plotly line on a matplotlib axis."""
-    marks = {"circle": "o", None: "o", "circle-open": "o", "diamond-open": "D", "triangle-up": "^", "line-ns-open": "|"}
+    shapes = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ns": "|"}
     symbols = trace.marker.symbol if isinstance(trace.marker.symbol, tuple) else [trace.marker.symbol] * len(trace.x or ())
     has_line = "lines" in (trace.mode or "lines")
     color = trace.line.color if has_line else trace.marker.color
     dashes = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", None: "-"}
     axis.errorbar(
         trace.x if trace.x is not None else [],
-        trace.y if trace.y is not None else [],
+        [html.unescape(y) if isinstance(y, str) else y for y in (trace.y if trace.y is not None else [])],
         yerr=trace.error_y.array,
         elinewidth=1,
         color=color,
         alpha=trace.opacity,
         linewidth=(trace.line.width or 1.5) if has_line else 0,
         linestyle=dashes[trace.line.dash],
-        marker=marks[symbols[0]] if "markers" in (trace.mode or "") and symbols else None,
+        marker=shapes[(symbols[0] or "circle").removesuffix("-open")] if "markers" in (trace.mode or "") and symbols else None,
         markersize=(trace.marker.size or 6) * 0.6,
         markerfacecolor="none" if symbols and "open" in (symbols[-1] or "") else color,
     )

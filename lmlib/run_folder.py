@@ -75,16 +75,26 @@ class Metrics:
 
 def writer(run_dir: Path) -> str | None:
     """The process that holds the run, as "pid on machine"; None if none does."""
-    path = run_dir.parent / ".locks" / f"{run_dir.name}.lock"
-    if not path.exists():
+    try:
+        file = open(run_dir.parent / ".locks" / f"{run_dir.name}.lock")  # noqa: SIM115 (closed below)
+    except OSError:
         return None
-    with open(path, "a+") as file:
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
         except OSError:
-            file.seek(0)
             return file.read().strip() or "unknown"
+
+
+def _take(file: Any):
+    """Lock a file, waiting a moment for one who only looks whether it is locked; OSError if somebody holds it."""
+    for _ in range(5):
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -98,7 +108,7 @@ def one_writer(run_dir: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError:
             file.seek(0)
             raise ValueError(
@@ -143,15 +153,20 @@ def life(run_dir: Path) -> str:
     """A run's state: "finished", "running", "died" (its last sign of life is old, or its process gone), "stopped", "empty"."""
     try:
         age = time.time() - (run_dir / "heartbeat.json").stat().st_mtime
-        sign = read_json(run_dir / "heartbeat.json") or {}
-    except (OSError, ValueError):
-        age, sign = math.inf, {}
+    except OSError:
+        age = math.inf
+    try:
+        sign = read_json(run_dir / "heartbeat.json")
+    except ValueError:  # caught half-written
+        sign = None
     if age < math.inf:
         here = isinstance(sign, dict) and sign.get("machine") == platform.node()
-        is_alive = writer(run_dir) is not None if here else age < 6 * BEAT
-        return "running" if is_alive else "died"
+        if writer(run_dir) is not None if here else age < 6 * BEAT:
+            return "running"
     if (run_dir / "results.json").exists():
         return "finished"
+    if age < math.inf:
+        return "died"
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
 
 
@@ -176,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
@@ -210,7 +225,7 @@ def continued(config: RunConfig) -> RunConfig:
 def finished(config: RunConfig) -> dict[str, Any] | None:
     """results.json, if the run in the folder has made all the steps that are asked for."""
     results = read_json(config.run_dir / "results.json")
-    return results if results and results["total_steps"] == config.total_steps else None
+    return results if isinstance(results, dict) and results.get("total_steps") == config.total_steps else None
 
 
 def run_key(config: RunConfig) -> str:

@@ -13,19 +13,9 @@ import numpy as np
 import pandas as pd
 
 from lmlib import run_folder
-from lmlib.config import resolve_path
+from lmlib.config import RunConfig, printable, resolve_path
 
-TEXTS = {
-    "run",
-    "kind",
-    "path",
-    "prompts",
-    "texts",
-    "expert_load",
-    "windows",
-    "model_name",
-    "notes",
-}  # columns that hold no number
+TEXTS = {"run", "kind", "path", "prompts", "texts", "expert_load", "windows", "model_name", "notes"}  # no numbers
 LISTS = {"val_loss_by_position", "val_accuracy_by_position", "steps_skipped"}
 AXES = {"step": "step", "tokens": "tokens trained", "minutes": "minutes of training", "flops": "floating-point operations"}
 
@@ -46,7 +36,8 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         for column in ("kind", "step"):
             frame[column] = frame.get(column, np.nan)
         for column in frame.columns.difference(TEXTS | LISTS):
-            frame[column] = pd.to_numeric(frame[column], errors="coerce")
+            numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+            frame[column] = numbers.where(numbers.abs() < 1e100)  # infinite or absurd: nothing that could be drawn
         frame = frame[frame["step"].notna()].assign(run=run)
         frame["minutes"] = frame["seconds"] / 60 if "seconds" in frame else np.nan
         frame["tokens"] = frame["step"] * _tokens_a_step(folder)
@@ -59,25 +50,31 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
 
 
 def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path]:
-    """The folders by the names that tell them apart; one given twice counts once.
+    """The folders by the names that tell them apart, safe to print; one given twice counts once.
 
     Raises:
         ValueError: a folder is not there.
     """
-    folders = [resolve_path(run_dir) for run_dir in ([run_dirs] if isinstance(run_dirs, str | Path) else run_dirs)]
+    given = [resolve_path(run_dir) for run_dir in ([run_dirs] if isinstance(run_dirs, str | Path) else run_dirs)]
+    folders = list({folder.resolve(): folder for folder in given})
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"There is no run {folder}. `python -m lmlib runs` lists the runs.")
-    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    names = [folder.name for folder in folders]
-    return {(f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}"): f for f in folders}
+    named: dict[str, Path] = {}
+    for folder in folders:
+        others, parts = [other.parts for other in folders if other != folder], 1
+        while parts < len(folder.parts) and folder.parts[-parts:] in [other[-parts:] for other in others]:
+            parts += 1
+        named[printable("/".join(folder.parts[-parts:]))] = folder
+    return named
 
 
 def find_runs(output_dir: str | Path, nested: bool = False) -> list[Path]:
-    """Every run in a folder, and, if `nested`, in the folders of sweeps inside it; by name."""
-    folder = resolve_path(output_dir)
-    patterns = ("*/metrics.jsonl", "*/*/metrics.jsonl") if nested else ("*/metrics.jsonl",)
-    return sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
+    """Every run in a folder, begun or only tried, and, if `nested`, those in folders of sweeps inside it; by name."""
+    folder, files = resolve_path(output_dir), ("metrics.jsonl", "config.json", "sweep.yaml")
+    depths = ("*", "*/*", "*/*/*") if nested else ("*",)
+    found = {path.parent for depth in depths for file in files for path in folder.glob(f"{depth}/{file}")}
+    return sorted(path for path in found if path.parent.name != "checkpoints" and path.name != "training_state")
 
 
 def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -88,11 +85,8 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
     except (ValueError, RecursionError):
         found = [_parsed(line) for line in lines]
     records = [record for record in found if _is_record(record)]
-    for record in records:
-        timing = record.pop("timing", None)
-        if isinstance(timing, dict):
-            record.update(timing)
-    return records, len(lines) - len(records)
+    flat = [{**t, **r} if isinstance(t := r.pop("timing", None), dict) else r for r in records]
+    return flat, len(lines) - len(records)
 
 
 def _is_record(found: Any) -> bool:
@@ -137,8 +131,13 @@ def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
         notes.append(f"{torn} line{'s' if torn > 1 else ''} of metrics.jsonl cannot be read")
     if not read_file(folder / "config.json"):
         notes.append("config.json is missing or cannot be read")
-    values = [frame.loc[frame["kind"] == kind, name] for kind, name in (("step", "loss"), ("eval", "val_loss")) if name in frame]
-    if any(column.isna().any() for column in values) or (frame["kind"] == "nonfinite").any():
+    measured = frame[frame["kind"].isin(["step", "eval"])]
+    known = [
+        measured.loc[measured["kind"] == kind, name] for kind, name in (("step", "loss"), ("eval", "val_loss")) if name in frame
+    ]
+    if len(measured) and not sum(map(len, known)):
+        notes.append("it has no losses that this version knows")
+    if any(column.isna().any() for column in known) or (frame["kind"] == "nonfinite").any():
         notes.append("some losses are not finite")
     return notes
 
@@ -146,7 +145,8 @@ def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
 def headline(frame: pd.DataFrame, run: str) -> str:
     """Where a run stands, in a line of plain text: its state, step, losses, speed, and the time it may still take."""
     folder, of_run = Path(frame.attrs["runs"][run]), frame[frame["run"] == run]
-    life, total = run_folder.life(folder), read_file(folder / "config.json").get("total_steps")
+    life = run_folder.life(folder) if folder.is_dir() else "its folder is gone"
+    total = read_file(folder / "config.json").get("total_steps")
     parts = [life, f"step {int(of_run['step'].max())}" + (f" of {total}" if total else "")] if len(of_run) else [life]
     last = {kind: rows.iloc[-1] for kind, rows in of_run.groupby("kind")}
     if "step" in last and "loss" in of_run:
@@ -185,9 +185,12 @@ SCORES = ["held-out loss", "± standard error", "best", "at step", "accuracy", "
 COSTS = ["parameters", "active", "minutes", "FLOPs"]
 
 
-def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """A row a run: its last and best held-out scores, size, cost and state. All scores are on held-out text."""
-    frame, rows = read_runs(run_dirs), {}
+def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
+    """A row a run: its last and best held-out scores, size, cost and state. All scores are on held-out text.
+
+    Takes the runs' folders, or the frame that `read_runs` made of them.
+    """
+    frame, rows = run_dirs if isinstance(run_dirs, pd.DataFrame) else read_runs(run_dirs), {}
     for run, folder in frame.attrs["runs"].items():
         of_run = frame[frame["run"] == run]
         model = _size(Path(folder))
@@ -221,10 +224,7 @@ def results_table(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
 
 def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = True) -> pd.DataFrame:
     """The parameters of runs, a column a run, "-" where its model ignores one; by default only those that differ."""
-    configs = {run: read_file(folder / "config.json") for run, folder in named_folders(run_dirs).items()}
-    for config in configs.values():
-        ignored = run_folder.unused(str(config.get("attention")), str(config.get("feed_forward")))
-        config |= dict.fromkeys(ignored & config.keys(), "-")
+    configs = {run: whole_config(folder) for run, folder in named_folders(run_dirs).items()}
     names = [name for name in dict.fromkeys(n for config in configs.values() for n in config) if name != "run_name"]
     table = pd.DataFrame(
         {run: [config.get(name, "(not given)") for name in names] for run, config in configs.items()}, index=names
@@ -233,6 +233,15 @@ def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = Tr
     if differences_only:
         table = table[[len({repr(value) for value in row}) > 1 for row in table.to_numpy()]]
     return table
+
+
+def whole_config(folder: Path) -> dict[str, Any]:
+    """A run's parameters: those that came after it was made at their defaults, "-" for those that its model ignores."""
+    config = read_file(folder / "config.json")
+    config = {**RunConfig().to_dict(), **config} if config else {}
+    ignored = run_folder.unused(str(config.get("attention")), str(config.get("feed_forward")))
+    config |= dict.fromkeys(ignored & config.keys(), "-")
+    return {printable(name): printable(value) if isinstance(value, str) else value for name, value in config.items()}
 
 
 def resumes(run_dir: str | Path) -> list[int]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from lmlib import feed_forward, optim, run_folder, session
+from lmlib import checkpoint, feed_forward, optim, run_folder, session
 from lmlib.config import PROJECT_ROOT, RunConfig, read_parameters, shown
 from lmlib.training import clip, gradients
 
@@ -39,23 +40,28 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
     Raises:
         ValueError: a recipe or value is wrong, each is listed; or two runs would share a folder.
     """
-    configs, mistakes, seen = [], [], set()
-    varied = {name: values for name, values in grid.items() if len(values) > 1}
+    configs, mistakes, seen = [], [], []
+    in_name = [name for name, values in grid.items() if name != "run_name" and (len(values) > 1 or name == "seed")]
     for recipe in recipes:
-        given = read_parameters(recipe)
+        try:
+            given = read_parameters(recipe)
+        except ValueError as error:
+            mistakes.append(str(error))
+            continue
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             base = chosen.get("run_name") or given.get("run_name") or Path(recipe).stem
-            name = "-".join([str(base), *(f"{key}{chosen[key]}" for key in varied if key != "run_name")])
+            name = "-".join([str(base), *(f"{key}{chosen[key]}" for key in in_name)])
             try:
                 config = RunConfig(**{**given, **chosen, "run_name": re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]})
             except ValueError as error:
                 mistakes += [f"{recipe}: {line.strip(' -')}" for line in str(error).splitlines()[1:]]
                 continue
-            key = run_folder.run_key(replace(config, run_name="any"))
-            if key not in seen:
+            ignored = run_folder.unused(config.attention, config.feed_forward) | {"run_name"}
+            used = {key: value for key, value in config.to_dict().items() if key not in ignored}
+            if used not in seen:
                 configs.append(config)
-            seen.add(key)
+            seen.append(used)
     folders = [config.run_dir for config in configs]
     mistakes += [f"two runs would share the folder {shown(f)}" for f in dict.fromkeys(folders) if folders.count(f) > 1]
     if mistakes:
@@ -72,38 +78,46 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
     `sweep.log` in its folder. `jobs` at once: one a CUDA device, else one; on a CPU they share the cores.
     Ctrl-C lets the running ones save, and starts no more.
     """
-    cuda = torch.cuda.device_count()
-    jobs = jobs or max(1, cuda)
+    devices = _devices()
+    jobs = jobs or max(1, len(devices))
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(jobs):
         slots.put(number)
     running: set[subprocess.Popen] = set()
-    stopping: list[bool] = []
+    stopping, lock = threading.Event(), threading.Lock()
 
-    def run(config: RunConfig) -> Outcome:
-        if stopping:
-            return Outcome(config, "stopped", "not started")
-        try:
-            if run_folder.finished(run_folder.continued(config)):
-                return Outcome(config, "finished before", "")
-        except ValueError as error:
-            return Outcome(config, "failed", str(error))
-        slot = slots.get()
-        env = dict(os.environ, **_share(slot, jobs, cuda))
+    def train(config: RunConfig, share: dict[str, str]) -> tuple[int, list[str]]:
+        """A process's exit status and the lines that it said."""
         config.run_dir.mkdir(parents=True, exist_ok=True)
         recipe, log = config.run_dir / "sweep.yaml", config.run_dir / "sweep.log"
         recipe.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")
-        try:
-            with open(log, "w", encoding="utf-8") as said:
-                command = [sys.executable, "-m", "lmlib", "notebook", str(recipe)]
+        with open(log, "w", encoding="utf-8") as said:
+            command, env = [sys.executable, "-m", "lmlib", "notebook", str(recipe)], {**os.environ, **share}
+            with lock:
+                if stopping.is_set():
+                    return 130, ["not started"]
                 # a session of its own: Ctrl-C in the terminal reaches it through us alone, once
                 process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
                 running.add(process)
-                code = process.wait()
+            code = process.wait()
+            with lock:
                 running.discard(process)
+        return code, [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+
+    def run(config: RunConfig) -> Outcome:
+        slot = slots.get()
+        try:
+            if stopping.is_set():
+                return Outcome(config, "stopped", "not started")
+            if run_folder.finished(run_folder.continued(config)):
+                return Outcome(config, "finished before", "")
+            if holder := run_folder.writer(config.run_dir):
+                return Outcome(config, "failed", f"process {holder} is training it; start the sweep again when that has ended")
+            code, lines = train(config, _share(slot, jobs, devices))
+        except Exception as error:  # a strange folder, a full disk: the other runs go on
+            return Outcome(config, "failed", f"{type(error).__name__}: {error}")
         finally:
             slots.put(slot)
-        lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         state = {0: "finished", 130: "stopped"}.get(code, "failed")
         return Outcome(config, state, next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else ""))
 
@@ -112,16 +126,23 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
             for future in as_completed([pool.submit(run, config) for config in configs]):
                 yield future.result()
         except BaseException:  # Ctrl-C, or whoever listens has gone
-            stopping.append(True)
-            for process in running:
-                process.send_signal(signal.SIGINT)
+            with lock:
+                stopping.set()
+                for process in running:
+                    process.send_signal(signal.SIGINT)
             raise
 
 
-def _share(slot: int, jobs: int, cuda: int) -> dict[str, str]:
+def _devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in given.split(",")][:count] if given else [str(number) for number in range(count)]
+
+
+def _share(slot: int, jobs: int, devices: list[str]) -> dict[str, str]:
     """What a job may use of the machine."""
-    if cuda:
-        return {"CUDA_VISIBLE_DEVICES": str(slot % cuda)}
+    if devices:
+        return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
     return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))} if jobs > 1 else {}
 
 
@@ -159,7 +180,8 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3, h
     dtype = session.pick_dtype(config.dtype, device)
     with session.numerics(config, device):
         store = session.open_store(config)
-        model = session.build_model(replace(config, vocab_size=store.vocab_size), session.parent_of(config)).to(device)
+        parent = checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
+        model = session.build_model(replace(config, vocab_size=store.vocab_size), parent).to(device)
         optimizers = optim.build_optimizers(model, config)
         micro, factors, losses, mean = config.micro_batch_size or config.batch_size, [], [], 0.0
         for step in range(1, steps + 1):
@@ -193,6 +215,11 @@ def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
     """Short runs, in a folder of their own, that confirm a suggestion: a third of it, itself and three times it, and the
     recipe's own rates."""
     factors = sorted({1.0, *((found.factor / 3, found.factor, found.factor * 3) if found.factor else ())})
+    found_rates = {tuple(rates(found.config, factor).items()) for factor in factors}
     short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps}
     short["output_dir"] = f"{found.config.output_dir}/{found.config.run_name}-rates"
-    return [replace(found.config, run_name=f"rate{factor:.2g}", **short, **rates(found.config, factor)) for factor in factors]
+    name = f"{steps}steps-rate"
+    return [
+        replace(found.config, **short, run_name=name + "-".join(f"{r:g}" for _, r in tried), **dict(tried))
+        for tried in sorted(found_rates)
+    ]

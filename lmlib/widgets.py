@@ -20,8 +20,8 @@ from lmlib.runs import headline, read_runs, texts_at
 from lmlib.terminal import summary
 
 INTERVAL = 1.0  # seconds between drawings, at least
-CREDIT = 2.0  # seconds that drawing may take whatever the run's length,
-SHARE = 0.01  # and the share of the run's time beyond that
+CREDIT = 0.5  # seconds that drawing may take whatever the run's length,
+SHARE = 0.005  # and the share of the run's time beyond that
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
@@ -81,16 +81,18 @@ class _LiveChart:
     def draw(self, frame: Any):
         import plotly.graph_objects as go
 
-        figure = figures.training_curves(frame).update_layout(width=850)
         self.status.value = " ".join(headline(frame, run) for run in frame.attrs["runs"])
         self.text.value = shading.cards(texts_at(frame)[:1])
         if self.chart is None:
-            self.chart = go.FigureWidget(figure)
+            self.chart = go.FigureWidget(figures.training_curves(frame).update_layout(width=850))
             self.handle = display(ipywidgets.VBox([self.status, self.chart, self.text]), display_id=True)
             return
+        [folder] = frame.attrs["runs"].values()
+        lines = [line for panel in figures.panel_lines(frame, folder=folder) for line in panel]  # in the order of the chart's
         with self.chart.batch_update():
-            for old, new in zip(self.chart.data, figure.data, strict=True):
-                old.update(x=new.x, y=new.y, error_y=new.error_y.to_plotly_json(), showlegend=new.showlegend)
+            for trace, line in zip(self.chart.data, lines, strict=True):
+                trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
+                trace.showlegend = trace.xaxis == "x" and bool(line["x"])
 
     def finish(self, frame: Any):
         bundle = figures.chart_bundle(frame)

@@ -31,6 +31,7 @@ def test_every_control_moves_the_lines(pair):
     view.log_x.value = view.log_loss.value = True
     layout = view.charts["Curves"].layout
     assert layout.xaxis.type == layout.yaxis.type == "log" and layout.yaxis2.type == "linear"
+    assert list(lines_of(view, "a")[0].x) == [None, 1280, 2560, 3840, 5120]  # no logarithm of step 0
     rough = list(lines_of(view, "a", "training, smoothed")[0].y)
     view.smoothing.value = 1
     raw = list(lines_of(view, "a", "training")[0].y)
@@ -62,6 +63,19 @@ def test_texts_follow_the_slider_and_new_records_the_file(pair, trained):
     view.refresh()
     assert list(lines_of(view, "b")[0].x) == [0, 5, 10, 15, 20] and "step 20 of 20" in view.states["b"].value
     assert view.text_step.value == 5  # the reader's place is kept
+
+
+def test_experts_appear_with_their_first_record_and_a_folder_may_go(pair):
+    view = Explorer(pair)
+    assert len(view.charts["Experts"].data) == 0
+    with open(pair[0] / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "step": 21, "loss": 5.0, "expert_load": [[0.5, 0.5]]}\n')
+    view.refresh()
+    assert len(view.charts["Experts"].data) == 1 and view.tabs.children[3] is view.charts["Experts"]
+    shutil.rmtree(pair[1])
+    view.refresh()
+    view.x.value = "tokens"
+    assert list(lines_of(view, "b")[0].x)[:2] == [0, 1280]
 
 
 def test_outside_jupyterlab_it_prints_where_the_runs_stand_and_shows_a_chart(pair, capsys):

@@ -72,7 +72,7 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
     if path.stem == "generate":
         assert "Checkpoints: 5 10 15 20" in shown and "Once upon a time" in shown and "step 15" in shown
     if path.stem == "compare":
-        assert "Suggested: {'learning_rate'" in shown and "rate1 finished" in shown and "trained" in shown
+        assert "Suggested: {'learning_rate'" in shown and "3steps-rate0.01-0.02 finished" in shown and "trained" in shown
     if path.stem in ("train", "curves", "compare"):
         kinds = [set(o.data) for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
         assert {"application/vnd.plotly.v1+json", "image/png", "text/plain"} in kinds

@@ -32,11 +32,19 @@ def test_every_record_is_a_row_with_its_costs(trained):
     assert {"loss", "learning_rate", "val_loss", "tokens_per_second", "seconds"} <= set(frame) and "timing" not in frame
     last = frame.iloc[-1]
     assert last["tokens"] == 20 * 4 * 64 and last["flops"] == 20 * 4 * 64 * 240_000 and last["minutes"] == last["seconds"] / 60
-    assert frame.attrs == {"notes": {"trained": []}, "runs": {"trained": str(trained.run_dir.resolve())}}
+    assert frame.attrs == {"notes": {"trained": []}, "runs": {"trained": str(trained.run_dir)}}
 
 
 STRANGE = {
     "nothing": ([], ["no record yet"]),
+    "infinite": ([step(1, float("inf")), step(2, 1e308)], ["some losses are not finite"]),
+    "no loss": (
+        [json.dumps({"kind": "step", "step": 1, "train_loss": 5.0}) + "\n"],
+        ["it has no losses that this version knows"],
+    ),
+    "odd times": (['{"kind": "step", "step": 1, "loss": 5.0, "timing": {"kind": [1], "step": 1e999}}\n'], []),
+    "odd errors": (['{"kind": "eval", "step": 1, "val_loss": 5.0, "val_loss_stderr": -1}\n'], []),
+    "no experts": ([step(1, expert_load=[[]])], []),
     "one record": ([step(1)], []),
     "a torn last line": ([step(1), '{"kind": "step", "st'], ["1 line of metrics.jsonl cannot be read"]),
     "not numbers": ([step(1, float("nan")), step(2, "nan")], ["some losses are not finite"]),
@@ -96,7 +104,10 @@ def test_a_missing_run_is_an_error_and_two_of_one_name_are_told_apart(tmp_path):
         runs.read_runs(tmp_path / "nothing")
     a, b = (write(tmp_path / parent / "same", [step(1)]) for parent in ("a", "b"))
     assert list(runs.results_table([a, b, a]).index) == ["a/same", "b/same"]
-    assert runs.find_runs(tmp_path, nested=True) == [a, b] and runs.find_runs(tmp_path / "a") == [a]
+    c = write(tmp_path / "x" / "a" / "same", [step(1)])
+    assert list(runs.named_folders([a, b, c])) == [f"{tmp_path.name}/a/same", "b/same", "x/a/same"]
+    assert runs.find_runs(tmp_path / "x", nested=True) == [c]
+    assert runs.find_runs(tmp_path, nested=True) == [a, b, c] and runs.find_runs(tmp_path / "a") == [a]
     assert runs.find_runs(tmp_path) == runs.find_runs(tmp_path / "nothing") == []
 
 
@@ -105,13 +116,11 @@ def test_only_the_parameters_that_differ(tmp_path):
     b = write(tmp_path / "b", [], seed=1, dropout=0.1, run_name="b", extra="x")
     table = runs.parameters_table([a, b])
     assert table.to_dict("index") == {"seed": {"a": 0, "b": 1}, "extra": {"a": "(not given)", "b": "x"}}
-    assert set(runs.parameters_table([a, b], differences_only=False).index) == {
-        "batch_size",
-        "sequence_length",
-        "seed",
-        "dropout",
-        "extra",
-    }
+    assert {"batch_size", "dropout", "tokenizer"} < set(runs.parameters_table([a, b], differences_only=False).index)
+    c = write(tmp_path / "c", [], seed=1, dropout=0.1, attention="mha")
+    ranks = {"kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave", "q_lora_rank"}
+    table = runs.parameters_table([a, c])
+    assert set(table.index) == ranks | {"seed", "attention"} and set(table.loc[list(ranks), "c"]) == {"-"}
 
 
 def test_a_running_run_is_told_from_a_dead_one(smoke, tmp_path):
@@ -130,6 +139,8 @@ def test_a_running_run_is_told_from_a_dead_one(smoke, tmp_path):
     assert run_folder.life(config.run_dir) == "died"
     sign = config.run_dir / "heartbeat.json"
     sign.write_text(json.dumps({"machine": "another"}))  # seen from elsewhere: only its age tells
+    assert run_folder.life(config.run_dir) == "running"
+    sign.write_text("")  # caught while it was being renewed
     assert run_folder.life(config.run_dir) == "running"
     os.utime(sign, (time.time() - 60,) * 2)
     assert run_folder.life(config.run_dir) == "died" and platform.node() != "another"

@@ -13,7 +13,7 @@ import lmlib
 from lmlib import sweep
 from lmlib.__main__ import main
 from lmlib.config import PROJECT_ROOT
-from lmlib.run_folder import life
+from lmlib.run_folder import life, one_writer
 from tests.test_training import fingerprint
 
 SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
@@ -29,6 +29,10 @@ def test_a_grid_is_every_combination_under_names_that_say_so(tmp_path):
         ("smoke-seed1-dropout0.1", 1, 0.1),
     ]
     assert {c.output_dir for c in configs} == {str(tmp_path)} and not list(tmp_path.iterdir())
+    longer = sweep.plan([SMOKE], {"total_steps": [20, 40], "seed": [3]})
+    assert [(c.run_name, c.total_steps) for c in longer] == [
+        *[("smoke-total_steps20-seed3", 20), ("smoke-total_steps40-seed3", 40)],
+    ]
     unused = sweep.plan([SMOKE], {"feed_forward": ["mlp", "moe"], "num_experts": [4, 8]})
     assert [c.run_name for c in unused] == [
         *("smoke-feed_forwardmlp-num_experts4", "smoke-feed_forwardmoe-num_experts4", "smoke-feed_forwardmoe-num_experts8")
@@ -43,6 +47,9 @@ def test_every_mistake_of_a_sweep_is_listed_before_anything_runs(tmp_path):
     assert "seed is 'x'" in str(error.value)
     with pytest.raises(ValueError, match="two runs would share the folder outputs/smoke"):
         sweep.plan([SMOKE, other], {})
+    with pytest.raises(ValueError, match=r"no parameter file missing\.yaml") as error:
+        sweep.plan(["missing.yaml", SMOKE], {"dropuot": [0.1]})
+    assert "dropuot is no parameter" in str(error.value)
     with pytest.raises(ValueError, match="The sweep is empty"):
         sweep.plan([], {})
 
@@ -72,13 +79,32 @@ def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
     given = ["-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1", "-p", "output_dir", str(tmp_path)]
     given += [word for name, value in steps.items() for word in ("-p", name, str(value))]
     with subprocess.Popen([sys.executable, *given], cwd=PROJECT_ROOT, stderr=subprocess.PIPE) as process:
-        while not (tmp_path / "smoke-seed0" / "metrics.jsonl").exists() or life(tmp_path / "smoke-seed0") != "running":
+        while not (tmp_path / "smoke-seed0" / "train.ipynb").exists():
             time.sleep(0.1)
-        time.sleep(1)
+        time.sleep(1)  # the kernel is only starting: the wish is kept until it can be heard
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
     assert process.returncode == 130 and life(tmp_path / "smoke-seed0") == "stopped"
     assert len(list((tmp_path / "smoke-seed0" / "checkpoints").iterdir())) == 1 and not (tmp_path / "smoke-seed1").exists()
+
+
+def test_a_strange_folder_or_a_run_that_somebody_trains_fails_alone(tmp_path):
+    configs = sweep.plan([SMOKE], {"seed": [0, 1, 2], "output_dir": [str(tmp_path)]})
+    for config, content in zip(configs, ({"x": 1}, [1]), strict=False):
+        config.run_dir.mkdir()
+        (config.run_dir / "config.json").write_text(json.dumps(content))
+    with one_writer(configs[2].run_dir):
+        outcomes = {outcome.config.run_name: outcome for outcome in sweep.sweep(configs)}
+    assert {outcome.state for outcome in outcomes.values()} == {"failed"}
+    assert "is training it" in outcomes["smoke-seed2"].said and not configs[2].run_dir.exists()
+
+
+def test_jobs_share_the_devices_that_the_user_gave(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert [sweep._share(slot, 3, sweep._devices()) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": n} for n in "232"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert sweep._devices() == ["0", "1"]
 
 
 def test_the_search_suggests_a_rate_that_learns_and_touches_nothing(smoke):
@@ -115,8 +141,10 @@ def test_candidates_are_short_runs_beside_the_suggestion(smoke, capsys):
     found = sweep.RangeTest(config, [0.1, 1.0, 3.0], [5.0, 4.0, 6.0], 0.5)
     short = sweep.candidates(found, 5)
     assert [c.learning_rate for c in short] == [0.0017, 0.005, 0.01, 0.015] and [c.muon_learning_rate for c in short][1] == 0.01
-    assert {(c.total_steps, c.eval_every) for c in short} == {(5, 5)} and len({c.run_dir for c in short}) == 4
-    assert short[0].run_dir == config.run_dir.with_name(f"{config.run_name}-rates") / "rate0.17"
+    assert {(c.total_steps, c.eval_every) for c in short} == {(5, 5)}
+    assert short[0].run_dir == config.run_dir.with_name(f"{config.run_name}-rates") / "5steps-rate0.0017-0.0033"
+    near = sweep.candidates(sweep.RangeTest(config, [0.1, 1.0, 3.0], [5.0, 4.0, 6.0], 1.04), 5)
+    assert len({c.run_dir for c in near}) == len(near) == 4
     given = ["find-rate", str(SMOKE), "-p", "output_dir", config.output_dir, "-p", "hidden_size", "64"]
     assert main(given) == 0 and "Suggested: -p learning_rate " in capsys.readouterr().out
 
