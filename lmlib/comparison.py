@@ -89,8 +89,8 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     The intervals hold for all pairs of models together with 95 %: Student's t, corrected for every pair since the best is
     known only afterwards (Bonferroni), on what is left of the losses when each model's and each seed's mean is taken away.
 
-    `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", or "other text": a loss on
-    other held-out windows or another tokenizer cannot be compared.
+    `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", "no two seeds in common:
+    unknown", or "other text": a loss on other held-out windows or another tokenizer cannot be compared.
     """
     done = finished(run_dirs)
     columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
@@ -104,7 +104,8 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     rows: dict[str, dict[str, Any]] = {}
     for model, runs in done.groupby("model"):
         row = {"seeds": len(runs), "held-out loss": runs["held-out loss"].mean(), "spread": runs["held-out loss"].std()}
-        row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": "one seed: unknown"}
+        why = "one seed" if len(runs) == 1 else "no two seeds in common"
+        row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": f"{why}: unknown"}
         if model not in losses.index:
             row["verdict"] = "other text"
         elif model == best:

@@ -229,7 +229,7 @@ def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict
         names = {name: namespace[name] for name in re.findall(r"^(\w+)\s*=", cell, re.MULTILINE) if name in namespace}
         if cell.lstrip().startswith("# Parameters"):
             injected = names
-        elif "run_name" in names:
+        elif names.keys() & {"run_name", "output_dir"}:
             edited = names
     if not edited:
         plain = (str, int, float, bool, types.NoneType, list, dict, tuple)

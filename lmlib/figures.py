@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmlib.config import printable, resolve_path
-from lmlib.pictures import GREY, bundle, png
+from lmlib.pictures import GREY, bundle, png, save
 from lmlib.runs import AXES, clock, parameters_table, read_runs, results_table, resumes
 
 __all__ = ["parameters_table", "read_runs", "results_table"]  # what notebooks find here beside the figures
@@ -340,10 +340,5 @@ def save_curves(run_dir: str | Path):
     """Write training_curves.png and training_curves.html (interactive, self-contained) into the run's folder."""
     folder = resolve_path(run_dir)
     figure = training_curves(read_runs(folder))
-    page = figure.to_html(include_plotlyjs=True, full_html=False)
-    head = '<!doctype html><html><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-    page = f"{head}<title>{html.escape(folder.name)}</title></head><body>{page}</body></html>"
-    for name, content in (("training_curves.png", png(figure)), ("training_curves.html", page.encode())):
-        draft = folder / f".{name}.draft"
-        draft.write_bytes(content)
-        draft.replace(folder / name)
+    for name in ("training_curves.png", "training_curves.html"):
+        save(figure, folder / name)

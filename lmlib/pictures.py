@@ -5,6 +5,7 @@ import html
 import io
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -26,6 +27,27 @@ def show(figure: go.Figure, text: str = "A figure"):
     from IPython.display import display
 
     display(bundle(figure, text), raw=True)
+
+
+def save(figure: go.Figure, path: str | Path):
+    """Write a figure, whole or not at all, as a .png or as an .html page that is interactive and needs no network.
+
+    Raises:
+        ValueError: the name has another ending.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".html"):
+        raise ValueError(f"{path.name} must end in .png or .html.")
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_bytes(png(figure) if path.suffix == ".png" else page(figure, path.stem).encode())
+    draft.replace(path)
+
+
+def page(figure: go.Figure, title: str) -> str:
+    """A whole HTML page that follows the reader's light or dark."""
+    head = '<!doctype html><html><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    content = figure.to_html(include_plotlyjs=True, full_html=False)
+    return f"{head}<title>{html.escape(title)}</title></head><body>{content}</body></html>"
 
 
 def png(figure: go.Figure, width: int = 864) -> bytes:

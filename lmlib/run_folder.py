@@ -146,7 +146,9 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            run_dir.rmdir()  # if nothing came of it
 
 
 def life(run_dir: Path) -> str:

@@ -21,7 +21,7 @@ from lmlib.terminal import summary
 
 INTERVAL = 1.0  # seconds between drawings, at least
 CREDIT = 0.5  # seconds that drawing may take whatever the run's length,
-SHARE = 0.005  # and the share of the run's time beyond that
+SHARE = 0.01  # and the share of the run's time beyond that
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:

@@ -101,6 +101,12 @@ def test_equal_models_are_rarely_called_different():
     assert wrong / 2000 < 0.06
 
 
+def test_models_without_two_seeds_in_common_are_not_judged(tmp_path):
+    a = [run(tmp_path, f"a-seed{s}", s, 4.0, dropout=0.1) for s in (0, 1)]
+    b = [run(tmp_path, f"b-seed{s}", s, 5.0, dropout=0.2) for s in (1, 2)]
+    assert comparison.ranking([*a, *b])["verdict"].to_dict() == {"a": "best", "b": "no two seeds in common: unknown"}
+
+
 def test_two_models_under_one_name_are_not_mixed(tmp_path):
     a = run(tmp_path / "x", "m-seed0", 0, 4.0, dropout=0.0)
     b = run(tmp_path / "y", "m-seed1", 1, 5.0, dropout=0.1)

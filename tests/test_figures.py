@@ -2,35 +2,9 @@
 
 import json
 
-import pandas as pd
 import pytest
 
-from lmlib import figures
-
-
-def test_every_record_is_a_row(trained):
-    frame = figures.read_runs(trained.run_dir)
-    assert list(frame["kind"].value_counts()[["step", "eval", "checkpoint", "done"]]) == [20, 5, 4, 1]
-    assert {"run", "loss", "learning_rate", "val_loss", "tokens_per_second", "seconds"} <= set(frame)
-    assert "timing" not in frame and set(frame["run"]) == {"trained"}
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", '{"kind": "eval", "step": 0, "val_loss"', '{"kind": "step", "step": 1, "loss": NaN}\n', "5\n[]\nnull\n", "\x00\xff\n"],
-)
-def test_a_run_with_little_or_torn_metrics_is_drawn_as_far_as_it_goes(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
-    frame = figures.read_runs(tmp_path)
-    assert len(figures.training_curves(frame).layout.annotations) == 6
-    assert figures.curves_png(frame).startswith(b"\x89PNG")
-    assert isinstance(figures.results_table([tmp_path]), pd.DataFrame)
-
-
-def test_a_run_without_metrics_is_empty_and_a_missing_one_an_error(tmp_path):
-    assert figures.read_runs(tmp_path).empty
-    with pytest.raises(ValueError, match="There is no run"):
-        figures.read_runs(tmp_path / "nothing")
+from lmlib import figures, pictures
 
 
 def test_curves_show_the_metrics(trained):
@@ -60,6 +34,18 @@ def test_saved_curves_need_no_network(trained, tmp_path):
     page = (tmp_path / "training_curves.html").read_text()
     assert "plotly.js v" in page and '<script src="http' not in page
     assert (tmp_path / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_any_figure_is_saved_as_a_picture_or_a_page(trained, tmp_path):
+    figure = figures.cost(figures.results_table([trained.run_dir]))
+    pictures.save(figure, tmp_path / "cost.png")
+    pictures.save(figure, tmp_path / "cost & co.html")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "cost & co.html").read_text()
+    assert "<title>cost &amp; co</title>" in page and "color-scheme" in page and '<script src="http' not in page
+    with pytest.raises(ValueError, match="must end in .png or .html"):
+        pictures.save(figure, tmp_path / "cost.pdf")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_bundle_is_plain_json(trained):

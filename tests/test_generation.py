@@ -94,12 +94,12 @@ def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_
 def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
     """In float64: rows of different lengths, tokens one by one and in pieces."""
     model = lmlib.LanguageModel(smoke(**shape)).double().eval()
-    close = 1e-7 if shape.get("feed_forward") == "moe" else 1e-12  # the router computes in float32, as the stock classes' does
+    close = 1e-5 if shape.get("feed_forward") == "moe" else 1e-12  # the router computes in float32, as the stock classes' does
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(std=0.1)
-    generator = torch.Generator().manual_seed(0)
+                parameter.normal_(std=0.1, generator=generator)
     rows = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in (3, 9, 1, 5)]
     logits, cache = generation.prefill(model, rows)
     for _ in range(6):

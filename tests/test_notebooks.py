@@ -93,7 +93,7 @@ def test_a_misspelt_injected_parameter_stops_the_notebook(path, outputs, tmp_pat
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_pass_nbval(path, trained, tmp_path):
-    own = {"rate_recipe": str(SMOKE), "rate_steps": 12} if path.stem == "compare" else {}
+    own = {"rate_recipe": str(SMOKE), "rate_steps": 12, "confirm_steps": 0} if path.stem == "compare" else {}
     papermill.execute_notebook(
         path,
         tmp_path / path.name,
@@ -151,10 +151,10 @@ def test_a_kill_leaves_the_last_chart_in_the_notebook(outputs):
 
     with subprocess.Popen(command, start_new_session=True, cwd=PROJECT_ROOT, **quiet) as process:
         deadline = time.monotonic() + 120
-        while points() < 5 and time.monotonic() < deadline:
+        while points() < 2 and time.monotonic() < deadline:
             time.sleep(1)
         os.killpg(process.pid, signal.SIGKILL)
-    assert points() >= 5
+    assert points() >= 2
 
 
 def _smoke() -> dict:

@@ -57,6 +57,7 @@ STRANGE = {
         [step(1), '{"kind": "step", "step": 1e999}\n', '{"kind": "eval", "step": 1.5, "val_loss": 1e999}\n'],
         None,
     ),
+    "two records on a line": ([step(1), step(2).strip() + "," + step(3)], ["1 line of metrics.jsonl cannot be read"]),
     "no text": (["\x00\x01\n", "\ud7ff\n"], None),
     "lists of the wrong kind": (
         [step(1, expert_load=["x"]), step(2, expert_load=[[0.5, "y"]]), step(3, expert_load=[[1.0]])],

@@ -74,6 +74,7 @@ def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(tmp_path, caps
     assert {path: path.read_bytes() for path in good.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
     steps = {"total_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
     given = ["-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1", "-p", "output_dir", str(tmp_path)]

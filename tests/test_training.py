@@ -192,8 +192,10 @@ def test_a_branch_goes_on_from_a_past_step_with_its_optimiser(smoke, trained):
     other = replace(same, run_name=same.run_name + "b", learning_rate=0.1)
     list(lmlib.train(other))
     assert fingerprint(other.run_dir)["tensors"][name] != weights[0]
+    refused = smoke(init_from=str(trained.run_dir), init_step=5, init_state="full")
     with pytest.raises(ValueError, match="has no training state any more"):
-        list(lmlib.train(smoke(init_from=str(trained.run_dir), init_step=5, init_state="full")))
+        list(lmlib.train(refused))
+    assert not refused.run_dir.exists()
 
 
 def test_a_run_from_a_checkpoint_folder_goes_on_without_its_parent(smoke, trained, tmp_path):
