@@ -8,13 +8,13 @@ import time
 
 import pytest
 import torch
+from test_training import fingerprint
 
 import lmlib
 from lmlib import sweep
 from lmlib.__main__ import main
 from lmlib.config import PROJECT_ROOT
 from lmlib.run_folder import life, one_writer
-from tests.test_training import fingerprint
 
 SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
 
