@@ -288,7 +288,7 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
             col=place % columns + 1,
         )
     figure.update_xaxes(title_text="step", row=rows_of_charts)
-    figure.update_yaxes(type="category", tickfont={"size": 9})
+    figure.update_yaxes(type="category", tickfont={"size": 9}, nticks=24)
     figure.update_yaxes(title_text="layer.expert", col=1)
     scale = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2, "colorbar": {"title": {"text": "share"}}}
     return on_any_page(figure, height=120 + 260 * rows_of_charts if runs else 100).update_layout(coloraxis=scale)

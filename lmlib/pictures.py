@@ -84,7 +84,8 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
         axis = axes[key]
         if trace.type == "heatmap":
             mesh = axis.pcolormesh(trace.x, range(len(trace.y)), trace.z, cmap="RdBu", vmin=0, vmax=2, shading="nearest")
-            axis.set_yticks(range(len(trace.y)), trace.y, fontsize=6)
+            every = -(-len(trace.y) // 24)
+            axis.set_yticks(range(0, len(trace.y), every), trace.y[::every])
             continue
         _draw(axis, trace)
         if layout.showlegend is not False and trace.showlegend is not False and trace.name and len(trace.x):
@@ -117,22 +118,26 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
 
 
 def _draw(axis: Any, trace: go.Scatter):
-    """One Plotly line on a matplotlib axis."""
+    """One Plotly line on a matplotlib axis; its marks one by one where each has its own symbol."""
+    x, y = ([] if values is None else list(values) for values in (trace.x, trace.y))
+    if isinstance(trace.marker.symbol, tuple):
+        for place, symbol in enumerate(trace.marker.symbol):
+            _draw(axis, go.Scatter(trace).update(x=x[place : place + 1], y=y[place : place + 1], marker_symbol=symbol))
+        return
     shapes = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ns": "|"}
-    symbols = trace.marker.symbol if isinstance(trace.marker.symbol, tuple) else [trace.marker.symbol] * len(trace.x or ())
-    has_line = "lines" in (trace.mode or "lines")
-    color = trace.line.color if has_line else trace.marker.color
     dashes = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", None: "-"}
+    has_line, symbol = "lines" in (trace.mode or "lines"), trace.marker.symbol or "circle"
+    color = trace.line.color if has_line else trace.marker.color
     axis.errorbar(
-        trace.x if trace.x is not None else [],
-        [html.unescape(y) if isinstance(y, str) else y for y in (trace.y if trace.y is not None else [])],
+        x,
+        [html.unescape(value) if isinstance(value, str) else value for value in y],
         yerr=trace.error_y.array,
         elinewidth=1,
         color=color,
         alpha=trace.opacity,
         linewidth=(trace.line.width or 1.5) if has_line else 0,
         linestyle=dashes[trace.line.dash],
-        marker=shapes[(symbols[0] or "circle").removesuffix("-open")] if "markers" in (trace.mode or "") and symbols else None,
+        marker=shapes[symbol.removesuffix("-open")] if "markers" in (trace.mode or "") else None,
         markersize=(trace.marker.size or 6) * 0.6,
-        markerfacecolor="none" if symbols and "open" in (symbols[-1] or "") else color,
+        markerfacecolor="none" if symbol.endswith("-open") else color,
     )
