@@ -256,7 +256,7 @@ def _print_checkpoints(run_dir: Path):
 def runs(options: argparse.Namespace):
     from lmlib import runs
 
-    folder = resolve_path(options.output_dir)
+    folder = resolve_path(options.output_dir).absolute()
     found = runs.named_folders(runs.find_runs(folder, nested=True)).values()
     names = [printable(str(run_dir.relative_to(folder))) for run_dir in found]
     for name, (_, row) in zip(names, runs.results_table(found).iterrows(), strict=True):

@@ -56,8 +56,8 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
     Raises:
         ValueError: a folder is not there.
     """
-    given = [resolve_path(run_dir) for run_dir in ([run_dirs] if isinstance(run_dirs, str | Path) else run_dirs)]
-    folders = list({folder.resolve(): folder for folder in given})
+    given = [resolve_path(run_dir).absolute() for run_dir in ([run_dirs] if isinstance(run_dirs, str | Path) else run_dirs)]
+    folders = list({folder.resolve(): folder for folder in given}.values())
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"There is no run {folder}. `python -m lmlib runs` lists the runs.")

@@ -1,6 +1,8 @@
 """python -m lmlib: the commands as typed."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +31,12 @@ def test_train_leaves_curves_and_says_when_there_is_nothing_to_do(outputs):
     assert "is finished: 6 steps. To go on, raise total_steps" in lmlib(*command)
     assert "Going on after step 6 of 8" in lmlib(*command[:-1], 8)
     [line] = [line for line in lmlib("runs", outputs).splitlines() if line.startswith("terminal ")]
+    (outputs / "elsewhere").symlink_to(outputs / "terminal", target_is_directory=True)
+    try:  # one run under two names, by a path that counts from here
+        shown = lmlib("runs", os.path.relpath(outputs, PROJECT_ROOT))
+        assert len(re.findall(r"^(elsewhere|terminal) .* at step 8$", shown, re.MULTILINE)) == 1
+    finally:
+        (outputs / "elsewhere").unlink()
     assert line.split()[1:6] == ["finished", "step", "8", "best", "held-out"] and line.endswith("at step 8")
 
 
