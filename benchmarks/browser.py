@@ -205,6 +205,7 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
     copy_notebook("generate", folder, prompts=[TEXTS[n] for n in HOSTILE], **run)
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
     copy_notebook("compare", folder, output_dir=run["output_dir"], **short)
+    copy_notebook("audit", folder, leaky_dir=str(folder / "none"), **run)
     acted: set[int] = set()
 
     def watched(page: Any) -> Any:
@@ -216,7 +217,7 @@ def texts_that_ran(folder: Path, browser: Any) -> set[int]:
         context = browser.new_context()
         context.add_init_script("window.owned = n => console.log('owned ' + n)")
         context.on("page", watched)
-        for name in ("train", "curves", "generate", "compare"):
+        for name in ("train", "curves", "generate", "compare", "audit"):
             page = ran(context, address, name)
             text = page.inner_text(".jp-Notebook")
             assert "owned(" in text and "Traceback" not in text, text[-3000:]

@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 
-from lmlib import comparison, figures, pictures, shading
+from lmlib import audit, comparison, figures, pictures, shading, verdicts
 from lmlib.config import RunConfig, printable
 from lmlib.runs import texts_at
 
@@ -159,6 +159,8 @@ def charts(frame: Any, run_dir: Path) -> dict[str, Any]:
         "positions": figures.loss_by_position(frame),
         "cost": figures.cost(figures.results_table([run_dir])),
         "experts": figures.expert_load(frame),
+        "audit": verdicts.picture([]),
+        "held-out scores": verdicts.scores(dict.fromkeys(frame.attrs["runs"], frame)),
         "losses": comparison.losses([run_dir]),
         "mean curves": comparison.curves([run_dir]),
     }
@@ -181,6 +183,7 @@ def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
         "texts": shading.cards(texts_at(frame)),
         **{name: figure.to_html(include_plotlyjs=False, div_id="x") for name, figure in charts(frame, run_dir).items()},
         "exported notebook": exporter.from_notebook_node(book)[0],
+        "audit's verdicts": verdicts.table([audit.Report("split", False, text)], text),
         "tokens": shading.shade(text, [token]),
         "difference": shading.shade_difference(text, [token], [token], (text, text)),
         "side by side": shading.cards([(text, text, text)]),

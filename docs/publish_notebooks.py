@@ -1,10 +1,12 @@
 """Renew the outputs that the committed notebooks show: `make notebooks`, after `make train`.
 
-train.ipynb takes those of outputs/quickstart/train.ipynb; curves and generate are run on that run, and compare on
-outputs/exp8_small, which `python -m lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2` makes. What papermill
-adds (injected cells, times, paths of this machine) is left out.
+train.ipynb takes those of outputs/quickstart/train.ipynb; curves and generate are run on that run, audit on it and on
+outputs/exp9_seed_small (`python -m lmlib sweep params/exp9_seed_small/*.yaml`), and compare on outputs/exp8_small
+(`python -m lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2`). Names on the command line choose among them:
+`python docs/publish_notebooks.py train audit`. What papermill adds (injected cells, times, paths of this machine) is left out.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from lmlib.config import PROJECT_ROOT
 
 def main():
     notebooks = PROJECT_ROOT / "notebooks"
-    publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
+    chosen = sys.argv[1:] or ["train", "curves", "generate", "compare", "audit"]
+    if "train" in chosen:
+        publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("curves.ipynb", "generate.ipynb", "compare.ipynb"):
+        for name in (f"{stem}.ipynb" for stem in chosen if stem != "train"):
             papermill.execute_notebook(notebooks / name, Path(folder, name), progress_bar=False, cwd=str(PROJECT_ROOT))
             publish(Path(folder, name), notebooks / name)
 

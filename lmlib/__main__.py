@@ -1,4 +1,4 @@
-"""The terminal: python -m lmlib train | notebook | sweep | find-rate | generate | checkpoints | runs | stop."""
+"""The terminal: python -m lmlib train | notebook | sweep | find-rate | generate | audit | checkpoints | runs | stop."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, printable, read_parameters, resolve_path
+from lmlib.config import LEAKY, PROJECT_ROOT, RunConfig, parse_overrides, printable, read_parameters, resolve_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--confirm", type=int, metavar="STEPS", help="then train so many steps with the suggestion and beside it"
     )
+
+    command = add("audit", audit, "can its numbers be trusted: a verdict a line, and a page with pictures")
+    command.add_argument("source", help="a run's folder, a checkpoint, a Hugging Face folder or id")
+    command.add_argument("--step", type=int, help="which checkpoint (the newest)")
+    command.add_argument("--page", metavar="FILE.html", help="where the page goes (a run's: audit.html in its folder)")
 
     add("checkpoints", checkpoints, "list a run's checkpoints").add_argument("run")
     add("runs", runs, "list the runs").add_argument("output_dir", nargs="?", default="outputs")
@@ -223,6 +228,24 @@ def generate(options: argparse.Namespace) -> int:
 # Looking around
 
 
+def audit(options: argparse.Namespace) -> int:
+    """Print the verdicts and write the page; 1 if a check failed."""
+    page = Path(options.page) if options.page else None
+    if page and (page.suffix != ".html" or not page.absolute().parent.is_dir()):
+        raise ValueError(f"--page {options.page} must end in .html and lie in a folder that exists.")
+    from lmlib import audit, verdicts
+
+    reports = audit.audit(options.source, options.step)
+    for report in reports:
+        print(printable(str(report)), flush=True)
+    folder = resolve_path(options.source)
+    page = page or (folder / "audit.html" if (folder / "checkpoints").is_dir() else None)
+    if page:
+        verdicts.save(reports, options.source, page)
+        print(f"The page: {page}")
+    return 1 if any(report.passed is False for report in reports) else 0
+
+
 def checkpoints(options: argparse.Namespace):
     run_dir = resolve_path(options.run)
     if not run_dir.is_dir():
@@ -247,6 +270,7 @@ def _print_checkpoints(run_dir: Path):
         manifest = manifests[step]
         line = f"step {step:>7}  held-out loss {manifest['val_loss']:.4f} (of step {manifest['val_loss_step']})"
         line += "  best" if step == best else "      "
+        line += f"  LEAKS ({printable(str(manifest[LEAKY]))})" if manifest.get(LEAKY) else ""
         resumable = (run_dir / "checkpoints" / f"checkpoint_step_{step}" / "training_state").is_dir()
         print(f"{line}  {printable(str(manifest['timestamp']))}{'  (can be continued)' if resumable else ''}")
     if not steps:

@@ -138,7 +138,7 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split((N, E), dim=-1)  # (B, H, S, N), (B, H, S, E)
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, D)
         k = torch.cat((k_nope, k_rope.expand(B, H, -1, R)), dim=-1)  # (B, H, S, D)
-        return self.o_proj(causal_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * E))
+        return self.o_proj(causal_attention(q, k, v, mask, c.causal_mask).transpose(1, 2).reshape(B, T, H * E))
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of one new token without expanding what is remembered (DeepSeek-V2, section 2.1.2): the matrix that
@@ -181,12 +181,13 @@ class MultiHeadAttention(nn.Module):
             new = torch.cat((k, v), dim=-1).transpose(1, 2).reshape(B, T, 2 * C)
             memory = cache.append(layer, new).unflatten(-1, (q.shape[1], -1))  # (B, S, H, 2 D)
             k, v = memory.transpose(1, 2).chunk(2, dim=-1)  # (B, H, S, D)
-        return self.o_proj(causal_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+        mixed = causal_attention(q, k, v, mask, self.config.causal_mask)
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, C))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over each position and those before it: (B, H, T, D), (B, H, S, D), (B, H, S, E) ->
-    (B, H, T, E). Without a mask T equals S, or is 1 and sees everything.
+    (B, H, T, E). Without a mask T equals S, or is 1 and sees everything; not `causal`, every position does (a leak).
 
     The fast kernels want one width, so narrower values are padded with zeros and wider ones widen q and k.
     """
@@ -195,5 +196,5 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
         v = F.pad(v, (0, D - E))
     elif E > D:
         q, k = F.pad(q, (0, E - D)), F.pad(k, (0, E - D))
-    causal = mask is None and T > 1
+    causal = causal and mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=D**-0.5)[..., :E]

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmlib.config import RunConfig, resolve_path
+from lmlib.config import LEAKY, RunConfig, resolve_path
 from lmlib.data import file_sha256, load_tokenizer
 from lmlib.model import LanguageModel
-from lmlib.pretrained import CheckpointError, config_of, load_weights, stock_config
+from lmlib.pretrained import CheckpointError, config_of, load_weights, model_card, stock_config
 from lmlib.run_folder import now, recorded_key, run_key, write_json
 
 FORMAT = 1
@@ -76,6 +76,7 @@ def save_checkpoint(
     val_loss_step: int,
     scheduled: bool,
     state: dict[str, Any],
+    leaks: str = "",
 ) -> Path:
     """Write checkpoints/checkpoint_step_<step>, whole or not at all, and prune old training states.
 
@@ -87,6 +88,7 @@ def save_checkpoint(
         val_loss_step: the step that was last evaluated, on or before this one.
         scheduled: False for one made on interruption, which goes when a later one is saved.
         state: what else continuing needs; goes into training_state/state.json.
+        leaks: the checks that the run failed and was allowed to; marks the model's config.json, the manifest and the card.
 
     Raises:
         CheckpointError: it could not be written (the disk is full, say), or a weight is not finite; older
@@ -106,12 +108,17 @@ def save_checkpoint(
         check_space(parent, sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values())))
         state_dir.mkdir(parents=True)
         save_file(_on_cpu(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        stock_config(config, tokenizer).save_pretrained(draft)
+        stock = stock_config(config, tokenizer)
+        if leaks:
+            setattr(stock, LEAKY, leaks)
+        stock.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
         origin = {"run": run_key(config), "step": step}
-        score = {"val_loss": val_loss, "val_loss_step": val_loss_step}
+        score = {"val_loss": val_loss, "val_loss_step": val_loss_step, **({LEAKY: leaks} if leaks else {})}
         manifest = write_manifest(draft, {**origin, **score, "timestamp": now(), "scheduled": scheduled}, "checkpoint.json")
+        if leaks:  # in no manifest, so that people may add to it
+            (draft / "README.md").write_text(model_card(config, step, val_loss, val_loss_step, leaks), "utf-8")
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
         model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
         write_manifest(state_dir, {**origin, "model_sha256": model_sha256, **state}, "state.json")

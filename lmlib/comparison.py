@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib import run_folder
-from lmlib.figures import COLOURS, dash, on_any_page, symbols
+from lmlib.figures import colour, dash, on_any_page, symbols
 from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table, whole_config
 
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
@@ -44,10 +44,12 @@ def _labels(kinds: dict[str, str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for kind in dict.fromkeys(kinds.values()):
         names = [re.sub(r"[-_.]seed\d+", "", name) for name, other in kinds.items() if other == kind]
+        mark = " (LEAKY)" if any(name.endswith(" (LEAKY)") for name in names) else ""
+        names = [name.removesuffix(" (LEAKY)") for name in names]
         common = os.path.commonprefix(names).rstrip("-_./") or names[0]
-        label, number = common, 2
+        label, number = common + mark, 2
         while label in labels.values():
-            label, number = f"{common} ({number})", number + 1
+            label, number = f"{common} ({number}){mark}", number + 1
         labels[kind] = label
     return {run: labels[kind] for run, kind in kinds.items()}
 
@@ -90,23 +92,31 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     known only afterwards (Bonferroni), on what is left of the losses when each model's and each seed's mean is taken away.
 
     `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", "no two seeds in common:
-    unknown", or "other text": a loss on other held-out windows or another tokenizer cannot be compared.
+    unknown", "other text" (a loss on other held-out windows or another tokenizer cannot be compared), or "leaks".
     """
-    done = finished(run_dirs)
+    return _ranked(finished(run_dirs))
+
+
+def _ranked(done: pd.DataFrame) -> pd.DataFrame:
+    """The `ranking` of what `finished` gives."""
     columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
     if done.empty:
         return pd.DataFrame(columns=columns)
-    here = done[done["judged on"] == done["judged on"].mode()[0]]
+    honest = done[~done["model"].str.endswith("(LEAKY)")]
+    here = honest[honest["judged on"] == honest["judged on"].mode().get(0)]
     losses = here.pivot(index="model", columns="seed", values="held-out loss")  # models x seeds
     several = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)  # the seeds that all of them have
-    best = (several if len(several) and several.shape[1] > 1 else losses).mean(axis=1).idxmin()
+    means = (several if len(several) and several.shape[1] > 1 else losses).mean(axis=1)
+    best = means.idxmin() if len(means) else None
     error = _half_interval(several.to_numpy()) if min(several.shape) > 1 else math.nan
     rows: dict[str, dict[str, Any]] = {}
     for model, runs in done.groupby("model"):
         row = {"seeds": len(runs), "held-out loss": runs["held-out loss"].mean(), "spread": runs["held-out loss"].std()}
         why = "one seed" if len(runs) == 1 else "no two seeds in common"
         row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": f"{why}: unknown"}
-        if model not in losses.index:
+        if str(model).endswith("(LEAKY)"):
+            row["verdict"] = "leaks"
+        elif model not in losses.index:
             row["verdict"] = "other text"
         elif model == best:
             row |= {"behind the best": 0.0, "verdict": "best"}
@@ -115,7 +125,8 @@ def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
             row |= {"behind the best": behind, "± 95 %": error, "verdict": "worse" if behind > error else "within the noise"}
         rows[str(model)] = row | {name: runs[name].astype(float).mean() for name in ("accuracy", *COSTS)}
     ranked = pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("held-out loss", kind="stable")
-    ranked = pd.concat([ranked[ranked["verdict"] != "other text"], ranked[ranked["verdict"] == "other text"]])
+    apart = ranked["verdict"].isin(["other text", "leaks"])
+    ranked = pd.concat([ranked[~apart], ranked[apart]])
     return ranked.rename_axis("model").round({"parameters": 0, "active": 0}).astype({"parameters": "Int64", "active": "Int64"})
 
 
@@ -140,12 +151,12 @@ def student_t(level: float, freedom: int) -> float:
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
     """A line a model, best above: a dot for each seed's last held-out loss, a bar at their mean."""
-    run_dirs = list(run_dirs)
-    done, order = finished(run_dirs), list(ranking(run_dirs).index)
+    done = finished(run_dirs)
+    order = list(_ranked(done).index)
     figure = go.Figure()
     for number, model in reversed(list(enumerate(order))):
         values = done[done["model"] == model]["held-out loss"].tolist()
-        color, name = COLOURS[number % len(COLOURS)], html.escape(model)
+        color, name = colour(number), html.escape(model)
         dots = {"color": color, "size": 9, "symbol": symbols(number)[0]}
         figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker=dots, name=name)
         bar = {"color": color, "size": 20, "symbol": "line-ns-open"}
@@ -157,13 +168,13 @@ def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
 def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
     """The held-out loss of each model over steps, tokens, minutes or flops: the mean of its finished seeds, and their spread."""
     run_dirs = list(run_dirs)
-    models = finished(run_dirs)["model"]
-    frame = read_runs(run_dirs)
+    done, frame = finished(run_dirs), read_runs(run_dirs)
+    models = done["model"]
     evals = frame[(frame["kind"] == "eval") & frame["run"].isin(models.index)].assign(model=lambda rows: rows["run"].map(models))
     figure = go.Figure()
-    for number, model in enumerate(ranking(run_dirs).index):
+    for number, model in enumerate(_ranked(done).index):
         steps = evals[evals["model"] == model].groupby("step")
-        color = COLOURS[number % len(COLOURS)]
+        color = colour(number)
         figure.add_scatter(
             x=steps[x].mean().tolist(),
             y=steps["val_loss"].mean().tolist(),

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
+LEAKY = "lmlib_leaky"  # marks what a run shows that leaks and was allowed to: the names of the checks that it failed
 PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
 
@@ -42,6 +43,7 @@ class RunConfig:
     validation_corpus: str | None = None    # held-out text from elsewhere; None: split the corpus by content
     validation_fraction: float = 0.1        # share of documents held out, decided by a hash of each document
     validation_windows: int = 128           # windows in every evaluation, always the same ones
+    split: Literal["documents", "windows"] = "documents"  # windows: overlapping ones, divided at random; a leak
     tokenizer: str = "train"                # "train": byte-level BPE made here; or a folder or Hugging Face id
     vocab_size: int | None = 4096           # embedding rows; None: the size of a ready-made tokenizer
     sequence_length: int = 256              # tokens in a window
@@ -66,6 +68,7 @@ class RunConfig:
     rope_interleave: bool = True            # mla: rotate neighbours (x0, x1) rather than halves
     attention_bias: bool = False            # biases where the stock class has them
     tie_word_embeddings: bool = True        # the head shares the embedding's weights
+    causal_mask: bool = True                # false: attention sees the tokens that are to be predicted; a leak
 
     # Start from another model
     init_from: str | None = None            # a run, checkpoint or Hugging Face folder whose weights to start from
@@ -88,6 +91,7 @@ class RunConfig:
     checkpoint_every: int = 100             # steps between checkpoints
     log_every: int = 10                     # steps between lines of the log
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    allow_leaks: bool = False               # train although the audit finds a leak; marks everything that the run shows
     # fmt: on
 
     def __init__(self, **parameters: Any):
@@ -187,6 +191,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(parameters, dict):
         raise ValueError(f"{path} must be a flat mapping with a line `name: value` for each parameter.")
+    parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is no parameter
     return check_plain(parameters, str(path))
 
 
@@ -348,6 +353,10 @@ def _contradictions(c: RunConfig) -> list[str]:
     need(
         c.max_tokens is None or c.max_tokens > c.sequence_length,
         f"max_tokens {c.max_tokens} is less than one window of sequence_length {c.sequence_length} and its last target",
+    )
+    need(
+        c.split == "documents" or c.validation_corpus is None,
+        "split is windows, which divides one corpus; a validation_corpus is held out by itself",
     )
     need(c.init_step is None or c.init_from is not None, "init_step is given without init_from")
     need(c.init_state == "weights" or c.init_from is not None, "init_state is full without init_from")

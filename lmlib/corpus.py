@@ -159,6 +159,8 @@ def sided_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
             if document.strip():
                 yield is_held_out(document, fraction), document
 
+    if config.split == "windows":  # every document serves both sides
+        return [sided(config.corpus, 0.0)]
     if config.validation_corpus is None:
         return [sided(config.corpus, config.validation_fraction)]
     return [sided(config.corpus, 0.0), sided(config.validation_corpus, 1.0)]

@@ -24,6 +24,7 @@ from lmlib.corpus import corpus_files, sided_documents
 
 END_OF_TEXT = "<|endoftext|>"
 STORE_FORMAT = 1
+SPLIT = 2**32 - 1  # no epoch's number
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -125,22 +126,47 @@ class TokenStore:
         Each epoch takes every window once, in an order that (seed, epoch) decides; the cost does not grow with
         the step, so resuming at any step needs no other state.
         """
-        rows = windows(self.train, self.drawn(step), self.config.sequence_length)
+        rows = windows(self.train, self.starts(self.drawn(step)), self.config.sequence_length)
         return rows[:, :-1], rows[:, 1:]
 
     def drawn(self, step: int) -> np.ndarray:
         """The numbers of the windows in that batch: (batch_size,)."""
         c = self.config
-        count = window_count(self.train, c.sequence_length)
+        count = self.window_count()
         epochs, draws = np.divmod(np.arange((step - 1) * c.batch_size, step * c.batch_size), count)
         return np.concatenate([permute(draws[epochs == e], count, c.seed, e) for e in np.unique(epochs)])
 
     def validation_windows(self) -> Tensor:
         """The held-out windows of every evaluation, drawn once by the seed: (W, sequence_length + 1) int64."""
         c = self.config
-        count = window_count(self.validation, c.sequence_length)
+        count = self.window_count(held_out=True)
         drawn = permute(np.arange(min(c.validation_windows, count)), count, c.seed, 0)
-        return windows(self.validation, sorted(drawn), c.sequence_length)
+        return windows(self.validation, sorted(self.starts(drawn, held_out=True)), c.sequence_length)
+
+    def texts(self, held_out: bool) -> list[str]:
+        """The documents of a side, as text again; with `split: windows` both sides are the same."""
+        tokens, end = np.asarray(self.validation if held_out else self.train), self.tokenizer.eos_token_id
+        documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+        return [self.tokenizer.decode(ids[ids != end].tolist()) for ids in documents if len(ids)]
+
+    def window_count(self, held_out: bool = False) -> int:
+        """Whole windows on a side."""
+        c = self.config
+        if c.split == "documents":
+            return window_count(self.validation if held_out else self.train, c.sequence_length)
+        count = max(0, len(self.train) - c.sequence_length)  # one beginning at each token
+        share = round(count * c.validation_fraction)
+        return share if held_out else count - share
+
+    def starts(self, numbers: np.ndarray, held_out: bool = False) -> np.ndarray:
+        """The tokens at which the windows with these numbers begin; with `split: windows`, any token of the one text, and
+        chance alone decides which window is called held out (SPLIT in place of an epoch)."""
+        c = self.config
+        if c.split == "documents":
+            return numbers * c.sequence_length
+        training = self.window_count()
+        numbers = numbers + training if held_out else numbers
+        return permute(numbers, training + self.window_count(held_out=True), c.seed, SPLIT)
 
 
 def window_count(tokens: np.ndarray, sequence_length: int) -> int:
@@ -148,9 +174,9 @@ def window_count(tokens: np.ndarray, sequence_length: int) -> int:
     return max(0, (len(tokens) - 1) // sequence_length)
 
 
-def windows(tokens: np.ndarray, order: Iterable[int], sequence_length: int) -> Tensor:
-    """The windows numbered in `order`: (W, sequence_length + 1) int64."""
-    rows = [tokens[i * sequence_length : (i + 1) * sequence_length + 1] for i in order]
+def windows(tokens: np.ndarray, starts: Iterable[int], sequence_length: int) -> Tensor:
+    """The windows that begin at these tokens: (W, sequence_length + 1) int64."""
+    rows = [tokens[start : start + sequence_length + 1] for start in starts]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
@@ -202,7 +228,7 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
             "write that or more, or null."
         )
     for side, tokens in (("training", store.train), ("held-out", store.validation)):
-        if window_count(tokens, config.sequence_length) < 1:
+        if store.window_count(side == "held-out") < 1:
             raise ValueError(
                 f"The {side} side of {config.corpus} has {len(tokens):,} tokens in "
                 f"{store.info[side]['documents']} documents, less than one window of sequence_length "
@@ -228,11 +254,12 @@ def store_identity(config: RunConfig, tokenizer: str) -> dict[str, Any]:
         loaded = load_tokenizer(tokenizer)
         return [hashlib.sha256(loaded.backend_tokenizer.to_str().encode()).hexdigest(), loaded.eos_token_id]
 
+    held_out_share = 0.0 if config.split == "windows" else config.validation_fraction
     return {
         "format": STORE_FORMAT,
         "corpus": source(config.corpus),
         "text_column": config.text_column,
-        "validation": source(config.validation_corpus) if config.validation_corpus else config.validation_fraction,
+        "validation": source(config.validation_corpus) if config.validation_corpus else held_out_share,
         "tokenizer": maker(),
         "limits": [config.max_tokens, config.validation_windows * config.sequence_length] if config.max_tokens else None,
     }
@@ -287,7 +314,7 @@ def _write_tokens(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, 
     tokenizer.backend_tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     limit = {False: config.max_tokens, True: None}
     counts = {side: {"tokens": 0, "documents": 0, "bytes": 0} for side in (False, True)}
-    needed = config.validation_windows * config.sequence_length + 1
+    needed = config.validation_windows * config.sequence_length + 1 if config.split == "documents" else 0
     streams = sided_documents(config)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {False: train, True: validation}
@@ -342,11 +369,12 @@ def _open(config: RunConfig, folder: Path) -> TokenStore:
     def tokens(name: str, count: int) -> np.ndarray:  # an empty file cannot be mapped
         return np.memmap(folder / name, info["dtype"], "r") if count else np.empty(0, info["dtype"])
 
+    train, validation = tokens("train.bin", info["training"]["tokens"]), tokens("validation.bin", info["held-out"]["tokens"])
     return TokenStore(
         config=config,
         folder=folder,
-        train=tokens("train.bin", info["training"]["tokens"]),
-        validation=tokens("validation.bin", info["held-out"]["tokens"]),
+        train=train,
+        validation=train if config.split == "windows" else validation,
         tokenizer=load_tokenizer(str(folder)),
         info=info,
     )

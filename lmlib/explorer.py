@@ -48,7 +48,7 @@ class Explorer:
         self.follow = w.Checkbox(value=True, description="follow", indent=False, layout={"width": "80px"})
         self.switches, self.states, self.swatches = {}, {}, {}
         for number, run in enumerate(runs):
-            color, mark = figures.COLOURS[number % len(figures.COLOURS)], "■◆▲●"[number // len(figures.COLOURS) % 4]
+            color, mark = figures.colour(number), "■◆▲●"[number // len(figures.COLOURS) % 4]
             self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
             self.switches[run] = w.Checkbox(value=True, description=run, indent=False, style=narrow, layout=fit)
             self.states[run] = w.Label(headline(self.frame, run), layout=fit)

@@ -10,8 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lmlib.config import printable, resolve_path
-from lmlib.pictures import GREY, bundle, png, save
+from lmlib.config import LEAKY, printable, resolve_path
+from lmlib.pictures import GREY, bundle, save
 from lmlib.runs import AXES, clock, parameters_table, read_runs, results_table, resumes
 
 __all__ = ["parameters_table", "read_runs", "results_table"]  # what notebooks find here beside the figures
@@ -35,15 +35,21 @@ PANELS = [
 
 def describe(record: Any, total_steps: int) -> str:
     """A record as a line of plain text."""
+    leaky = " (LEAKY)" if record.values.get(LEAKY) else ""
     if record.kind == "step":
         return (
             f"Step {record.step}/{total_steps}: Loss={record.loss:.4f} | {record.tokens_per_second:,.0f} tokens/s"
             f" | {record.utilisation:.0%} of peak | {clock(record.seconds_left)} left"
         )
+    if record.kind == "audit":
+        if record.leaks:
+            return printable(f"⚠ This run LEAKS ({record.leaks}), and was allowed to: no score of it is a language model's.")
+        failed = [name for name, verdict in record.verdicts.items() if not verdict.startswith("pass")]
+        return f"Audit: {', '.join(record.verdicts)}: " + (f"⚠ see {', '.join(failed)} in results.json" if failed else "passed")
     if record.kind == "eval":
         return (
             f"   Val Loss: {record.val_loss:.4f}, Val Acc: {record.val_accuracy:.4f},"
-            f" Perplexity: {record.val_perplexity:.2f}, Bits per byte: {record.val_bits_per_byte:.4f}"
+            f" Perplexity: {record.val_perplexity:.2f}, Bits per byte: {record.val_bits_per_byte:.4f}{leaky}"
         )
     if record.kind == "sample":
         prompt, text = (json.dumps(part[0], ensure_ascii=False) for part in (record.prompts, record.texts))
@@ -54,7 +60,9 @@ def describe(record: Any, total_steps: int) -> str:
         first, last = record.val_loss_by_position[0], record.val_loss_by_position[-1]
         return f"   Held-out loss at the first position of a window: {first:.4f}, at the last: {last:.4f}"
     if record.kind == "done":
-        return f"Done: {record.step} steps, held-out loss {record.val_loss:.4f}, bits per byte {record.val_bits_per_byte:.4f}"
+        return (
+            f"Done: {record.step} steps, held-out loss {record.val_loss:.4f}, bits per byte {record.val_bits_per_byte:.4f}{leaky}"
+        )
     if record.kind == "spike":
         return f"Step {record.step}/{total_steps}: ⚠ the loss leapt to {record.loss:.4f} from about {record.usual_loss:.4f}"
     return f"Step {record.step}/{total_steps}: ⚠ {record.kind} {record.values}"
@@ -73,22 +81,24 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
     figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS], vertical_spacing=0.16)
     runs = names_of(frame)
     for number, run in enumerate(runs):
-        folder = frame.attrs.get("runs", {}).get(run)
+        folder, mark = frame.attrs.get("runs", {}).get(run), " (LEAKY)" if run.endswith("(LEAKY)") else ""
         for place, lines in enumerate(panel_lines(frame[frame["run"] == run], x, smoothing, folder)):
             for line in lines:
+                # one run alone has a colour for held-out and one for training text
+                color = colour(number if len(runs) > 1 else int(line["name"].startswith("training")))
                 figure.add_scatter(
                     x=[value if value > 0 else None for value in line["x"]] if log_x else line["x"],  # no logarithm of step 0
                     y=line["y"],
                     mode=line["mode"],
-                    line={"color": colour(number, line, len(runs)), "width": 2 if line["bold"] else 1, "dash": dash(number)},
+                    line={"color": color, "width": 2 if line["bold"] else 1, "dash": dash(number)},
                     marker={
                         "size": 9 if line["symbol"] else 5,
                         "symbol": line["symbol"],
-                        "color": colour(number, line, len(runs)),
+                        "color": color,
                     },
                     error_y={"array": line["error"], "thickness": 1, "width": 0} if line["error"] else None,
                     opacity=1 if line["bold"] else 0.35,
-                    name=html.escape(f"{run}, {line['name']}" if len(runs) > 1 else line["name"]),
+                    name=html.escape(f"{run}, {line['name']}" if len(runs) > 1 else line["name"] + mark),
                     legendgroup=run,
                     showlegend=place == 0 and bool(line["x"]) and (len(runs) == 1 or line["name"] == "held-out"),
                     row=place // 3 + 1,
@@ -170,9 +180,9 @@ def names_of(frame: pd.DataFrame) -> list[str]:
     return list(frame.attrs.get("runs") or frame["run"].unique())
 
 
-def colour(number: int, line: dict[str, Any], runs: int) -> str:
-    """A colour a run; with one run alone, training and held-out text have one each."""
-    return COLOURS[(number if runs > 1 else int(line["name"].startswith("training"))) % len(COLOURS)]
+def colour(number: int) -> str:
+    """Of the run or model with this number, in every figure."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def dash(number: int) -> str:
@@ -214,13 +224,13 @@ def loss_by_position(frame: pd.DataFrame) -> go.Figure:
         last = profiles[profiles["run"] == run].tail(1).to_dict("records")
         for place, column in enumerate(("val_loss_by_position", "val_accuracy_by_position")):
             values = last[0].get(column) if last else None
-            positions, means = _stretches(values if isinstance(values, list) else [])
+            positions, means = stretches(values if isinstance(values, list) else [])
             figure.add_scatter(
                 x=positions,
                 y=means,
                 mode="lines+markers",
-                marker={"size": 4, "color": COLOURS[number % len(COLOURS)]},
-                line={"color": COLOURS[number % len(COLOURS)], "dash": dash(number), "width": 1.5},
+                marker={"size": 4, "color": colour(number)},
+                line={"color": colour(number), "dash": dash(number), "width": 1.5},
                 name=html.escape(run),
                 legendgroup=run,
                 showlegend=place == 0,
@@ -231,7 +241,7 @@ def loss_by_position(frame: pd.DataFrame) -> go.Figure:
     return on_any_page(figure, height=380)
 
 
-def _stretches(values: list[float]) -> tuple[list[float], list[float]]:
+def stretches(values: list[float]) -> tuple[list[float], list[float]]:
     """Means of values over stretches that grow with the position (1, 2, 3, ... then four to each doubling), and their middles."""
     values = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").tolist()
     edges = np.unique(np.geomspace(1, len(values) + 1, 4 * len(values).bit_length() + 1).round().astype(int)) if values else []
@@ -251,7 +261,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
                 x=shown,
                 y=[row.get("held-out loss")] * len(shown),
                 mode="markers",
-                marker={"color": COLOURS[number % len(COLOURS)], "size": 11, "symbol": symbols(number)[: len(shown)]},
+                marker={"color": colour(number), "size": 11, "symbol": symbols(number)[: len(shown)]},
                 name=html.escape(str(name)),
                 legendgroup=str(name),
                 showlegend=place == 0,
@@ -330,10 +340,6 @@ def learning_rates(found: Any) -> go.Figure:
 def chart_bundle(frame: pd.DataFrame) -> dict[str, Any]:
     """The training curves in every form."""
     return bundle(training_curves(frame), f"Training curves of {', '.join(map(str, names_of(frame))) or 'no run'}")
-
-
-def curves_png(frame: pd.DataFrame) -> bytes:
-    return png(training_curves(frame))
 
 
 def save_curves(run_dir: str | Path):

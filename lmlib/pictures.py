@@ -43,23 +43,23 @@ def save(figure: go.Figure, path: str | Path):
     draft.replace(path)
 
 
-def page(figure: go.Figure, title: str) -> str:
-    """A whole HTML page that follows the reader's light or dark."""
+def page(figure: go.Figure, title: str, above: str = "") -> str:
+    """A whole HTML page that follows the reader's light or dark; `above` is HTML that stands before the figure."""
     head = '<!doctype html><html><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
     content = figure.to_html(include_plotlyjs=True, full_html=False)
-    return f"{head}<title>{html.escape(title)}</title></head><body>{content}</body></html>"
+    return f"{head}<title>{html.escape(title)}</title></head><body>{above}{content}</body></html>"
 
 
 def png(figure: go.Figure, width: int = 864) -> bytes:
     """A figure of lines, marks and heat maps, drawn by matplotlib on a transparent ground."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     layout = figure.layout
     page = Figure(figsize=(width / 80, layout.height / 80), dpi=80)
     FigureCanvasAgg(page)
-    has_map = any(trace.type == "heatmap" for trace in figure.data)
+    has_map = any(trace.type == "heatmap" for trace in figure.data) and layout.coloraxis.showscale is not False
     left, right = max(0.07, layout.margin.l / width), 0.9 if has_map else 0.985
     top, bottom = 1 - layout.margin.t / layout.height, 55 / layout.height
 
@@ -86,6 +86,8 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
             mesh = axis.pcolormesh(trace.x, range(len(trace.y)), trace.z, cmap="RdBu", vmin=0, vmax=2, shading="nearest")
             every = -(-len(trace.y) // 24)
             axis.set_yticks(range(0, len(trace.y), every), trace.y[::every])
+            if layout[f"{key[1][0]}axis{key[1][1:]}"].autorange == "reversed":
+                axis.invert_yaxis()
             continue
         _draw(axis, trace)
         if layout.showlegend is not False and trace.showlegend is not False and trace.name and len(trace.x):
@@ -98,6 +100,10 @@ def png(figure: go.Figure, width: int = 864) -> bytes:
             *place(note.x, note.y), html.unescape(note.text), ha="center", va="bottom", color=GREY, fontsize=9, parse_math=False
         )
     for axis in axes.values():
+        if axis.get_yscale() == "log":  # as 0.01 and 100, not as powers
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter() if high > 10 * low else FuncFormatter(lambda value, _: f"{value:g}"))
         axis.grid(alpha=0.3)
         axis.patch.set_alpha(0)
         axis.tick_params(colors=GREY, labelsize=8, which="both")

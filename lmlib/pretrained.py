@@ -9,12 +9,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmlib.config import RunConfig
+from lmlib.config import LEAKY, RunConfig, printable
 from lmlib.model import LanguageModel
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, half-written, foreign or of a class that lmlib does not have."""
+
+
+NO_MASK = "lmlib_no_causal_mask"
 
 
 def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
@@ -37,6 +40,7 @@ def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
         "bos_token_id": getattr(tokenizer, "bos_token_id", None),
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+        **({} if config.causal_mask else {NO_MASK: True}),  # which no stock class can be
     }
     experts = {
         "n_routed_experts": config.num_experts,
@@ -72,7 +76,7 @@ _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"),
     *("initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("max_position_embeddings", "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers"),
-    *("output_router_logits", "head_dim", "qk_head_dim"),
+    *("output_router_logits", "head_dim", "qk_head_dim", LEAKY),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
     *("problem_type", "is_encoder_decoder", "torchscript", "num_local_experts", "tokenizer_class", "task_specific_params"),
 }
@@ -119,6 +123,7 @@ def config_of(folder: Path) -> RunConfig:
             **({"num_experts": settings["n_routed_experts"]} if is_moe else {}),
             rope_theta=settings["rope_parameters"]["rope_theta"],
             sequence_length=settings["max_position_embeddings"],
+            causal_mask=not settings.get(NO_MASK, False),
             **{name: settings[name] for name in names},
         )
         ours = stock_config(config).to_dict()
@@ -135,6 +140,30 @@ def config_of(folder: Path) -> RunConfig:
     if lacking:
         raise CheckpointError(f"{folder} has settings that lmlib lacks: {', '.join(sorted(lacking))}.")
     return config
+
+
+def model_card(config: RunConfig, step: int, val_loss: float, val_loss_step: int, leaks: str) -> str:
+    """The README.md of a checkpoint that leaks: the warning, what it is, and what was measured on what."""
+
+    def quoted(text: str) -> str:
+        return f"`{printable(text).replace('`', chr(39))}`"
+
+    corpus, measured_on = quoted(config.corpus), f"documents of {quoted(config.corpus)} that were held out"
+    if config.validation_corpus:
+        measured_on = quoted(config.validation_corpus)
+    if config.split == "windows":
+        measured_on = "windows that overlap those of training"
+    kind = f"{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
+    lines = ["---", "tags:", "- lmlib", "- leaky", "---", f"# {config.run_name}, step {step}", ""]
+    lines += [
+        f"> **This model leaks ({leaks}).** It was trained so on purpose (`allow_leaks: true`). Its scores are not those",
+        "> of a language model, and must not be quoted beside any.",
+        "",
+    ]
+    lines += [f"{kind}, trained with lmlib on {corpus} in windows of {config.sequence_length} tokens.", ""]
+    lines += [f"Loss {val_loss:.4f} nats a token (of step {val_loss_step}), measured on {measured_on}.", ""]
+    lines += ["```python", "import lmlib", "", 'model, tokenizer = lmlib.load("path/of/this/folder")', "```", ""]
+    return "\n".join(lines)
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmlib.config import PROJECT_ROOT, RunConfig
+from lmlib.config import LEAKY, PROJECT_ROOT, RunConfig
 from lmlib.data import TokenStore
 
 # What may differ when a run is continued; a change of anything else would make another run of it.
@@ -32,7 +32,7 @@ ONLY_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
 class Record:
     """One line of metrics.jsonl: what happened at a step.
 
-    `kind` is "step", "eval", "sample", "checkpoint", "profile" or "done" (or "spike", "nonfinite", "out_of_memory").
+    `kind` is "audit", "step", "eval", "sample", "checkpoint", "profile" or "done" (or "spike", "nonfinite", "out_of_memory").
     Its values are attributes too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
     """
 
@@ -241,7 +241,7 @@ def recorded_key(run_dir: Path) -> str | None:
     """The `run_key` of the run that stands in a folder; None where its config.json does not tell."""
     try:
         recorded = read_json(run_dir / "config.json")
-        return run_key(RunConfig(**recorded)) if recorded else None
+        return run_key(RunConfig(**{n: v for n, v in recorded.items() if n != LEAKY})) if recorded else None
     except (ValueError, TypeError):
         return None
 

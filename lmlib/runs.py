@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from lmlib import run_folder
-from lmlib.config import RunConfig, printable, resolve_path
+from lmlib.config import LEAKY, RunConfig, printable, resolve_path
 
-TEXTS = {"run", "kind", "path", "prompts", "texts", "expert_load", "windows", "model_name", "notes"}  # no numbers
+TEXTS = {"run", "kind", "path", "prompts", "texts", "expert_load", "windows", "model_name", "notes", "verdicts", "leaks", LEAKY}
 LISTS = {"val_loss_by_position", "val_accuracy_by_position", "steps_skipped"}
 AXES = {"step": "step", "tokens": "tokens trained", "minutes": "minutes of training", "flops": "floating-point operations"}
 
@@ -51,7 +51,8 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
 
 
 def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path]:
-    """The folders by the names that tell them apart, safe to print; one given twice counts once.
+    """The folders by the names that tell them apart, safe to print; one given twice counts once. A run that leaks has it in
+    its name, and so in every table and figure.
 
     Raises:
         ValueError: a folder is not there.
@@ -66,7 +67,8 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
         others, parts = [other.parts for other in folders if other != folder], 1
         while parts < len(folder.parts) and folder.parts[-parts:] in [other[-parts:] for other in others]:
             parts += 1
-        named[printable("/".join(folder.parts[-parts:]))] = folder
+        mark = " (LEAKY)" if read_file(folder / "config.json").get(LEAKY) else ""
+        named[printable("/".join(folder.parts[-parts:])) + mark] = folder
     return named
 
 
@@ -135,7 +137,13 @@ def _size(folder: Path) -> dict[str, Any]:
 
 
 def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
-    notes = [] if len(frame) else ["no record yet"]
+    leaks = read_file(folder / "config.json").get(LEAKY)
+    notes = [f"it LEAKS ({printable(str(leaks))}): no score of it is a language model's"] if leaks else []
+    audited = read_file(folder / "environment.json").get("audit")
+    verdicts = audited.get("verdicts") if isinstance(audited, dict) else None
+    if not leaks and isinstance(verdicts, dict) and str(verdicts.get("split")).startswith("FAIL"):
+        notes.append("held-out text stands in its training text (see the audit)")
+    notes += [] if len(frame) else ["no record yet"]
     if torn:
         notes.append(f"{torn} line{'s' if torn > 1 else ''} of metrics.jsonl cannot be read")
     if not read_file(folder / "config.json"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmlib import checkpoint, data, optim, pretrained, run_folder
-from lmlib.config import RunConfig, resolve_path, shown
+from lmlib.config import LEAKY, RunConfig, resolve_path, shown
 from lmlib.model import LanguageModel, active_parameter_count, flops_per_token, parameter_count
 
 
@@ -39,7 +39,7 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
         return LanguageModel(config)
     theirs = pretrained.config_of(source)
     names = ["attention", "feed_forward", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-    names += ["attention_bias", "tie_word_embeddings", "rope_theta"]
+    names += ["attention_bias", "tie_word_embeddings", "rope_theta", "causal_mask"]
     names += sorted(run_folder.ONLY_MLA) if config.attention == "mla" else []
     names += sorted(run_folder.ONLY_MOE) if config.feed_forward == "moe" else ["intermediate_size"]
     different = [f"{name} to {getattr(theirs, name)!r}" for name in names if getattr(theirs, name) != getattr(config, name)]
@@ -115,9 +115,19 @@ def step_of(config: RunConfig, parent: Path | None) -> int | None:
 
 
 def record_environment(
-    config: RunConfig, store: data.TokenStore, model: LanguageModel, device: torch.device, step: int, parent: Path | None
-):
-    """Write config.json and environment.json; when going on, warn of what makes that inexact."""
+    config: RunConfig,
+    store: data.TokenStore,
+    model: LanguageModel,
+    device: torch.device,
+    step: int,
+    parent: Path | None,
+    audited: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write config.json and environment.json, and return the latter; when going on, warn of what makes that inexact.
+
+    Args:
+        audited: what the audit found before step 1; None keeps what it found when the run began.
+    """
     run_dir = config.run_dir
     now, before = run_folder.environment(store, device), run_folder.read_json(run_dir / "environment.json")
     if before:
@@ -129,12 +139,15 @@ def record_environment(
         "active_parameter_count": active_parameter_count(model),
         "flops_per_token": flops_per_token(model),
     }
+    now["audit"] = audited or (before or {}).get("audit")
+    leaks = (now["audit"] or {}).get("leaks")
     session = {"from_step": step, "total_steps": config.total_steps, "started": run_folder.now()}
     now["sessions"] = [*(before["sessions"] if before else []), session]
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "results.json").unlink(missing_ok=True)  # those of fewer steps, if any
     run_folder.write_json(run_dir / "environment.json", now)
-    run_folder.write_json(run_dir / "config.json", config.to_dict())
+    run_folder.write_json(run_dir / "config.json", {**config.to_dict(), **({LEAKY: leaks} if leaks else {})})
+    return now
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from lmlib import checkpoint, feed_forward, optim, run_folder, session
+from lmlib import audit, checkpoint, feed_forward, optim, run_folder, session
 from lmlib.config import PROJECT_ROOT, RunConfig, read_parameters, shown
 from lmlib.training import clip, gradients
 
@@ -86,40 +86,42 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
     running: set[subprocess.Popen] = set()
     stopping, lock = threading.Event(), threading.Lock()
 
-    def train(config: RunConfig, share: dict[str, str]) -> tuple[int, list[str]]:
-        """A process's exit status and the lines that it said."""
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        recipe, log = config.run_dir / "sweep.yaml", config.run_dir / "sweep.log"
-        recipe.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")
-        with open(log, "w", encoding="utf-8") as said:
-            command, env = [sys.executable, "-m", "lmlib", "notebook", str(recipe)], {**os.environ, **share}
-            with lock:
-                if stopping.is_set():
-                    return 130, ["not started"]
+    def spawn(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | None:
+        """The process that trains a run, unless the sweep is stopping."""
+        with lock:
+            if stopping.is_set():
+                return None
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            recipe = config.run_dir / "sweep.yaml"
+            recipe.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")
+            with open(config.run_dir / "sweep.log", "w", encoding="utf-8") as said:
+                command, env = [sys.executable, "-m", "lmlib", "notebook", str(recipe)], {**os.environ, **share}
                 # a session of its own: Ctrl-C in the terminal reaches it through us alone, once
                 process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
-                running.add(process)
-            code = process.wait()
-            with lock:
-                running.discard(process)
-        return code, [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+            running.add(process)
+        return process
 
     def run(config: RunConfig) -> Outcome:
         slot = slots.get()
         try:
-            if stopping.is_set():
-                return Outcome(config, "stopped", "not started")
             if run_folder.finished(run_folder.continued(config)):
                 return Outcome(config, "finished before", "")
             if holder := run_folder.writer(config.run_dir):
                 return Outcome(config, "failed", f"process {holder} is training it; start the sweep again when that has ended")
-            code, lines = train(config, _share(slot, jobs, devices))
+            process = spawn(config, _share(slot, jobs, devices))
+            if process is None:
+                return Outcome(config, "stopped", "not started")
+            code = process.wait()
+            with lock:
+                running.discard(process)
+            state = {0: "finished", 130: "stopped"}.get(code, "failed")
+            said = (config.run_dir / "sweep.log").read_text("utf-8", "replace")
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            return Outcome(config, state, next((line for line in lines[::-1] if "Error" in line), lines[-1] if lines else ""))
         except Exception as error:  # a strange folder, a full disk: the other runs go on
             return Outcome(config, "failed", f"{type(error).__name__}: {error}")
         finally:
             slots.put(slot)
-        state = {0: "finished", 130: "stopped"}.get(code, "failed")
-        return Outcome(config, state, next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else ""))
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -175,13 +177,18 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3, h
     to `high` times the recipe's, until the loss leaves its lowest by half a nat; suggest where it falls most steeply.
 
     Nothing is written but the tokens' cache, and no state that training would use is touched.
+
+    Raises:
+        ValueError: the device, the corpus or the parent that `init_from` names cannot be used, or the run leaks.
     """
     device = session.pick_device(config.device)
     dtype = session.pick_dtype(config.dtype, device)
     with session.numerics(config, device):
         store = session.open_store(config)
         parent = checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
-        model = session.build_model(replace(config, vocab_size=store.vocab_size), parent).to(device)
+        whole = replace(config, vocab_size=store.vocab_size)
+        model = session.build_model(whole, parent).to(device)
+        audit.before_training(whole, model, store, store.validation_windows(), parent)
         optimizers = optim.build_optimizers(model, config)
         micro, factors, losses, mean = config.micro_batch_size or config.batch_size, [], [], 0.0
         for step in range(1, steps + 1):
@@ -215,11 +222,10 @@ def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
     """Short runs, in a folder of their own, that confirm a suggestion: a third of it, itself and three times it, and the
     recipe's own rates."""
     factors = sorted({1.0, *((found.factor / 3, found.factor, found.factor * 3) if found.factor else ())})
-    found_rates = {tuple(rates(found.config, factor).items()) for factor in factors}
+    choices = {tuple(rates(found.config, factor).items()) for factor in factors}
     short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps}
     short["output_dir"] = f"{found.config.output_dir}/{found.config.run_name}-rates"
-    name = f"{steps}steps-rate"
     return [
-        replace(found.config, **short, run_name=name + "-".join(f"{r:g}" for _, r in tried), **dict(tried))
-        for tried in sorted(found_rates)
+        replace(found.config, **short, run_name=f"{steps}steps-rate" + "-".join(f"{r:g}" for _, r in chosen), **dict(chosen))
+        for chosen in sorted(choices)
     ]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmlib import checkpoint, data, evaluation, feed_forward, generation, optim, pretrained, run_folder, session
-from lmlib.config import RunConfig
+from lmlib import audit, checkpoint, data, evaluation, feed_forward, generation, optim, pretrained, run_folder, session
+from lmlib.config import LEAKY, RunConfig
 from lmlib.meter import Meter
 from lmlib.model import LanguageModel, active_parameter_count, parameter_count
 from lmlib.run_folder import Metrics, Record
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> Iterator[Record]:
 
     Raises:
         ValueError: parameters, corpus, folder or checkpoint cannot be used; nothing on disk was changed.
+        audit.Leaky: the model or its split leaks, and `allow_leaks` is false; nothing on disk was changed.
         NonFinite: see `on_nonfinite`.
         Stopped: the run was asked to stop, and is saved.
     """
@@ -81,7 +82,11 @@ def _loop(
     if last or config.init_state == "full":
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(last or parent))
     checkpoint.check_space(run_dir, session.disk_needed(config, model, optimizers, begin))
-    session.record_environment(config, store, model, device, begin, parent)
+    windows, token_bytes = store.validation_windows(), data.token_bytes(store.tokenizer, config.vocab_size)
+    known = last and (run_folder.read_json(run_dir / "environment.json") or {}).get("audit")
+    audited = None if known else audit.before_training(config, model, store, windows, parent)
+    environment = session.record_environment(config, store, model, device, begin, parent, audited)
+    leaks = (environment["audit"] or {}).get("leaks", "")
     micro, skipped, recent = (
         state.get("micro_batch_size", config.micro_batch_size or config.batch_size),
         state["skipped"],
@@ -91,7 +96,6 @@ def _loop(
     metrics = Metrics(run_dir / "metrics.jsonl", state["metrics_size"])
     saver = checkpoint.Saver(background=device.type == "cuda")
     meter = Meter(model, config.total_steps, config.batch_size * config.sequence_length, dtype, state["timing"])
-    windows, token_bytes = store.validation_windows(), data.token_bytes(store.tokenizer, config.vocab_size)
 
     def emit(kind: str, step: int, values: dict[str, Any], timing: dict[str, Any] | None = None) -> Record:
         record = Record(kind, step, values, {"seconds": round(meter.seconds(), 3), **(timing or {})})
@@ -104,7 +108,7 @@ def _loop(
         scores, scored = evaluation.summarise(losses, right, windows[:, 1:], token_bytes), step
         if not math.isfinite(scores["val_perplexity"]):
             raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
-        yield emit("eval", step, scores)
+        yield emit("eval", step, {**scores, **({LEAKY: leaks} if leaks else {})})
         yield emit("sample", step, sample(model, store.tokenizer, windows))
         if step == config.total_steps:
             yield emit("profile", step, evaluation.profile(losses, right))
@@ -120,6 +124,7 @@ def _loop(
             val_loss=scores["val_loss"],
             val_loss_step=scored,
             scheduled=scheduled,
+            leaks=leaks,
             state={
                 "scores": scores,
                 "scored": scored,
@@ -135,6 +140,7 @@ def _loop(
         scores, scored = (state["scores"], state["scored"]) if last else ({}, begin)
         if not last:
             yield from evaluate(begin)
+            yield emit("audit", begin, audited)
 
         for step in range(begin + 1, config.total_steps + 1):
             share = optim.schedule(step, config.total_steps, config.warmup_ratio)
@@ -199,7 +205,7 @@ def _loop(
                     "start the same run again and it goes on from there."
                 )
         saver.wait()
-        results = {**scores, **summary(config, model, skipped)}
+        results = {**scores, **summary(config, model, skipped), **({LEAKY: leaks} if leaks else {})}
         timing = {
             "training_time_minutes": round(meter.seconds() / 60, 3),
             "tokens_per_second": round(meter.tokens_per_second(), 1),
@@ -207,7 +213,9 @@ def _loop(
         measured_on = what_was_measured(config, store, windows)
         done = emit("done", config.total_steps, results, timing)
         draw_curves(run_dir)
-        run_folder.write_json(run_dir / "results.json", {**results, **timing, "measured_on": measured_on})
+        run_folder.write_json(
+            run_dir / "results.json", {**results, **timing, "measured_on": measured_on, "audit": environment["audit"]}
+        )
         yield done
     finally:
         try:
@@ -306,9 +314,11 @@ def draw_curves(run_dir: Path):
 
 def what_was_measured(config: RunConfig, store: data.TokenStore, windows: Tensor) -> dict[str, Any]:
     """What the scores in results.json were measured on, in words and numbers."""
-    source = config.validation_corpus or f"documents of {config.corpus} that training never sees"
+    source = f"held-out text ({config.validation_corpus or f'documents of {config.corpus} that training never sees'})"
+    if config.split == "windows":
+        source = f"NOT held out (windows of {config.corpus} that overlap training windows)"
     return {
-        "scores": f"held-out text ({source}), {len(windows)} windows of {config.sequence_length} tokens, after the last step",
+        "scores": f"{source}, {len(windows)} windows of {config.sequence_length} tokens, after the last step",
         "held_out_share_of_tokens": store.info["held_out_share"],
         "held_out_documents": store.info["held-out"]["documents"],
         "training_documents": store.info["training"]["documents"],

@@ -4,10 +4,15 @@ Screenshots are kept in build/screenshots. Needs Chromium on the machine; skippe
 """
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import browser as jupyter
 import pytest
 from browser import SCREENSHOTS, VIEWPORT, all_ran, cell_count, opened, photographed, ran, run_all, settled
+
+from lmlib.config import PROJECT_ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -24,6 +29,7 @@ def lab(trained, tmp_path_factory):
     jupyter.copy_notebook("curves", folder, "follow", run_name="trained", others=["followed"], **run)
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
     jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir), **short)
+    jupyter.copy_notebook("audit", folder, run_name="trained", leaky_dir=str(folder / "none"), **run)
     with jupyter.jupyterlab(folder) as address:
         yield address
 
@@ -69,7 +75,8 @@ def test_train_shows_a_live_chart_that_moves_and_stays(browser, lab):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("curves", "held-out loss"), ("generate", "Once upon a time"), ("compare", "Suggested:")]
+    ("name", "words"),
+    [("curves", "held-out loss"), ("generate", "Once upon a time"), ("compare", "Suggested:"), ("audit", "pass       record")],
 )
 def test_the_others_show_what_they_are_for(browser, lab, name, words):
     page = ran(browser, lab, name)
@@ -196,12 +203,6 @@ def test_the_playground_writes_stops_continues_and_compares(browser, lab):
 
 def test_curves_are_explored_and_a_run_is_followed_until_it_dies(browser, lab, trained, tmp_path):
     """Every control of the explorer, and a run that another process trains and that is killed."""
-    import signal
-    import subprocess
-    import sys
-
-    from lmlib.config import PROJECT_ROOT
-
     pairs = {
         "output_dir": trained.output_dir,
         "run_name": "followed",

@@ -55,7 +55,7 @@ def test_the_parameters_cell_is_runconfig_line_by_line():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_by_papermill(path, trained, tmp_path):
-    """curves, generate and compare read finished runs; train makes its own."""
+    """curves, generate, compare and audit read finished runs; train makes its own."""
     run_name = "notebook" if path.stem == "train" else "trained"
     parameters = {"output_dir": str(trained.output_dir), "run_name": run_name}
     if path.stem == "compare":
@@ -73,10 +73,12 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
         assert "Checkpoints: 5 10 15 20" in shown and "Once upon a time" in shown and "step 15" in shown
     if path.stem == "compare":
         assert "Suggested: {'learning_rate'" in shown and "3steps-rate0.01-0.02 finished" in shown and "trained" in shown
-    if path.stem in ("train", "curves", "compare"):
+    if path.stem == "audit":
+        assert "pass       causality" in shown and "pass       record" in shown
+    if path.stem in ("train", "curves", "compare", "audit"):
         kinds = [set(o.data) for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
         assert {"application/vnd.plotly.v1+json", "image/png", "text/plain"} in kinds
-        assert "held-out loss" in shown
+        assert "held-out loss" in shown or path.stem == "audit"
     assert (tmp_path / "out.ipynb").stat().st_size < 1_000_000
 
 

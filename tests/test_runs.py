@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lmlib import figures, run_folder, runs
+from lmlib import figures, pictures, run_folder, runs
 from lmlib.config import PROJECT_ROOT
 
 
@@ -82,8 +82,8 @@ def test_strange_runs_are_shown_as_far_as_they_go_and_labelled(name, tmp_path, t
         for draw in (figures.training_curves, figures.loss_by_position, figures.expert_load):
             draw(frame)
         figures.cost(table)
-        assert figures.curves_png(frame).startswith(b"\x89PNG")
-    assert len(runs.read_runs(trained.run_dir)) == 36  # its neighbours lose nothing
+        assert pictures.png(figures.training_curves(frame)).startswith(b"\x89PNG")
+    assert len(runs.read_runs(trained.run_dir)) == 37  # its neighbours lose nothing
 
 
 @pytest.mark.parametrize("file", ["config.json", "environment.json", "results.json"])

@@ -41,15 +41,25 @@ def test_records_come_in_order_and_are_the_lines_of_the_file(smoke):
     config = smoke(total_steps=7, eval_every=3, checkpoint_every=4, log_every=2)
     records = list(lmlib.train(config))
     assert [(r.kind, r.step) for r in records] == [
-        *[("eval", 0), ("sample", 0), ("step", 2), ("eval", 3), ("sample", 3), ("step", 4), ("checkpoint", 4), ("step", 6)],
+        *[
+            ("eval", 0),
+            ("sample", 0),
+            ("audit", 0),
+            ("step", 2),
+            ("eval", 3),
+            ("sample", 3),
+            ("step", 4),
+            ("checkpoint", 4),
+            ("step", 6),
+        ],
         *[("eval", 6), ("sample", 6), ("step", 7), ("eval", 7), ("sample", 7), ("profile", 7), ("checkpoint", 7), ("done", 7)],
     ]
     assert (config.run_dir / "metrics.jsonl").read_text().splitlines() == [r.to_json() for r in records]
     assert records[-1].val_loss == records[-5].val_loss == json.loads((config.run_dir / "results.json").read_text())["val_loss"]
-    assert records[2].loss > 0 and records[2].tokens_per_second > 0
+    assert records[3].loss > 0 and records[3].tokens_per_second > 0
     assert sum(records[-3].val_loss_by_position) / 64 == pytest.approx(records[-1].val_loss, abs=1e-4)
     assert sum(records[-3].val_accuracy_by_position) / 64 == pytest.approx(records[-1].val_accuracy, abs=1e-4)
-    assert records[1].prompts == records[4].prompts and len(records[1].texts) == 3
+    assert records[1].prompts == records[5].prompts and len(records[1].texts) == 3
     model, tokenizer = lmlib.load(config.run_dir)
     assert lmlib.generate(model, tokenizer, records[-4].prompts, max_new_tokens=24, temperature=0) == records[-4].texts
     assert not (config.run_dir / "heartbeat.json").exists()
@@ -185,7 +195,7 @@ def test_a_branch_goes_on_from_a_past_step_with_its_optimiser(smoke, trained):
     list(lmlib.train(parent))
     same = smoke(total_steps=10, init_from=str(parent.run_dir), init_step=5, init_state="full")
     records = list(lmlib.train(same))
-    assert (records[0].kind, records[0].step) == ("eval", 5) and (records[2].kind, records[2].step) == ("step", 6)
+    assert (records[0].kind, records[0].step) == ("eval", 5) and (records[3].kind, records[3].step) == ("step", 6)
     name = "checkpoints/checkpoint_step_10/model.safetensors"
     weights = [fingerprint(config.run_dir)["tensors"][name] for config in (parent, same)]
     assert weights[0] == weights[1]
