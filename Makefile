@@ -11,7 +11,7 @@ train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
 
 test: $(VENV)/ready lint
-	$(RUN) -m pytest -q -m "not slow" $(ARGS)
+	$(RUN) -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/ready
 	$(RUN) -m pytest -q -m slow $(ARGS)

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,14 @@ def opened(browser: Any, address: str, name: str) -> Any:
     page.set_viewport_size(VIEWPORT)
     page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
-    page.add_locator_handler(page.locator(".jp-Dialog"), lambda _: answer_dialogs(page))
-    page.wait_for_selector(f"{idle}, .jp-Dialog", timeout=60_000)
-    answer_dialogs(page)
-    page.wait_for_selector(idle, timeout=60_000)
+    idle, dialogs = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]'), page.locator(".jp-Dialog")
+    deadline = time.monotonic() + 120
+    while dialogs.count() or not idle.count():
+        if time.monotonic() > deadline:
+            raise sync_api.TimeoutError(f"the kernel of {name}.ipynb is not idle after 120 s")
+        answer_dialogs(page)
+        page.wait_for_timeout(500)
+    page.add_locator_handler(dialogs, lambda _: answer_dialogs(page), no_wait_after=True)  # one may follow another
     page.add_style_tag(content=".Toastify { display: none }")  # JupyterLab offers its news
     return page
 
@@ -98,8 +101,9 @@ def opened(browser: Any, address: str, name: str) -> Any:
 def answer_dialogs(page: Any):
     """Accept what JupyterLab asks when it is slow: which kernel, or a workspace that another page still holds."""
     for dialog in page.locator(".jp-Dialog").all():
-        print(" ".join(dialog.inner_text().split()))
-        dialog.locator(".jp-mod-accept").click()
+        with suppress(sync_api.TimeoutError):  # it went by itself
+            print(" ".join(dialog.inner_text(timeout=2000).split()))
+            dialog.locator(".jp-mod-accept").click(timeout=2000)
 
 
 def run_all(page: Any):

@@ -95,15 +95,20 @@ def checks(config: RunConfig, model: LanguageModel, store: data.TokenStore, wind
     """The cheap checks, each of a second or less for quickstart."""
     (ids, targets), V = store.batch(1), config.vocab_size
     length = max(2, config.sequence_length)
-    four = windows[torch.arange(4) % len(windows)]
     return [
         check_causality(model, V, length, quick=True),
         check_batch_independence(model, V, length, quick=True),
         check_cache(model, V, min(length, 12)),
         *([check_labels(model, ids[:2], targets[:2], vocab_size=V)] if config.sequence_length > 1 else []),
         _check_split(config, store, windows),
-        check_evaluation(lambda model, rows: float(evaluation.score_windows(model, rows, 2)[0].mean()), model, four),
+        _check_evaluation(model, windows),
     ]
+
+
+def _check_evaluation(model: LanguageModel, windows: Tensor) -> Report:
+    """Of the evaluation that runs are scored by, on four windows."""
+    four = windows[torch.arange(4) % len(windows)]
+    return check_evaluation(lambda model, rows: float(evaluation.score_windows(model, rows, 2)[0].mean()), model, four)
 
 
 def _check_split(config: RunConfig, store: data.TokenStore, windows: Tensor) -> Report:
@@ -217,8 +222,7 @@ def _of_text(config: RunConfig, model: LanguageModel, step: int) -> list[Report]
             reports.append(Report("tokenizer", None, "it was made elsewhere; what it has seen is not known here."))
     scores = evaluation.summarise(losses, right, windows[:, 1:], data.token_bytes(store.tokenizer, config.vocab_size))
     reports += [_as_recorded(config, scores, step), check_sample(scores, len(windows), losses.numel())]
-    four = windows[torch.arange(4) % len(windows)]
-    reports.append(check_evaluation(lambda m, rows: float(evaluation.score_windows(m, rows, 2)[0].mean()), model, four))
+    reports.append(_check_evaluation(model, windows))
     if losses.shape[1] >= 4:
         by_position = losses.mean(0), right.double().mean(0)
         found = check_profile(*by_position)
@@ -261,8 +265,8 @@ def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, A
         model, tokenizer = checkpoint.load(folder, step)
         T = model.config.sequence_length
         ids = np.array([i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-        rows_here = data.windows(ids, np.arange(min(32, data.window_count(ids, T))) * T, T)
-        losses, right = evaluation.score_windows(model, rows_here, 4)
+        windows = data.windows(ids, np.arange(min(32, data.window_count(ids, T))) * T, T)
+        losses, right = evaluation.score_windows(model, windows, 4)
         sizes = data.token_bytes(tokenizer, model.config.vocab_size)
-        rows.append({"step": step, **evaluation.summarise(losses, right, rows_here[:, 1:], sizes)})
+        rows.append({"step": step, **evaluation.summarise(losses, right, windows[:, 1:], sizes)})
     return rows

@@ -45,9 +45,12 @@ class Report:
     pattern: str = ""  # of the leaks: "whole window", "blocks of 16", "wraps around", ...
     numbers: dict[str, Any] = field(default_factory=dict)  # what was measured, for tables and pictures
 
+    @property
+    def verdict(self) -> str:
+        return {True: "pass", False: "FAIL", None: "not judged"}[self.passed]
+
     def __str__(self) -> str:
-        word = {True: "pass", False: "FAIL", None: "not judged"}[self.passed]
-        return printable(f"{word:<10} {self.check}: {self.summary}")  # which may quote a text or a stranger's error
+        return printable(f"{self.verdict:<10} {self.check}: {self.summary}")  # which may quote a text or a stranger's error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -107,6 +110,9 @@ class _Trial:
     seed: int = 0
     together: bool = True  # all cuts as rows of one batch; else each in a pass of its own, for models that mix their rows
 
+    def logits(self, probe: Probe, ids: Tensor) -> Tensor:
+        return probe(ids, self.mode == "training", self.seed, cached=self.mode == "with a cache")
+
     def run(self, probe: Probe) -> float:
         return float(self.changes(probe).max())
 
@@ -116,12 +122,11 @@ class _Trial:
         Args:
             suffix: replace all tokens from the cut on; else the one at the cut.
         """
-        how = {"training": self.mode == "training", "cached": self.mode == "with a cache", "seed": self.seed}
         ids = probe.draw(self.rows, self.length, self.seed)
         others, moved, V = probe.others(ids, self.seed + 1), [], probe.vocab_size
         at_once = max(1, LOGITS // (self.rows * self.length * V) - 1) if self.together else 1
         with torch.set_grad_enabled(self.mode == "training"):  # some paths of training ask for it; no weight needs one
-            before = None if self.together else probe(ids, **how)
+            before = None if self.together else self.logits(probe, ids)
             for start in range(0, len(self.cuts), at_once):
                 batch = []
                 for cut in self.cuts[start : start + at_once]:
@@ -130,10 +135,10 @@ class _Trial:
                     changed[:, cut:end] = others[:, cut:end]
                     batch.append(changed)
                 if self.together:
-                    logits = probe(torch.cat([ids, *batch]), **how).unflatten(0, (-1, self.rows))
+                    logits = self.logits(probe, torch.cat([ids, *batch])).unflatten(0, (-1, self.rows))
                     base, after = logits[:1], logits[1:]
                 else:
-                    base, after = before[None], probe(batch[0], **how)[None]
+                    base, after = before[None], self.logits(probe, batch[0])[None]
                 moved.append((after - base).abs().amax((1, 3)).detach() / spread(base))  # (cuts, T)
         positions, cuts = torch.arange(self.length), torch.tensor(self.cuts)
         return torch.cat(moved).cpu().double() * (positions < cuts[:, None])
@@ -247,10 +252,10 @@ def _gradients(probe: Probe, length: int) -> Tensor | None:
 def _describe(probe: Probe, proven: list[_Trial], smooth: Tensor | None, known: dict[str, Any]) -> Report:
     """The report of a model that leaks: which pairs, how much, in what pattern, and in which part of the model first."""
     if not proven:
-        t, s = ((smooth > TOLERANCE).triu(1)).nonzero(as_tuple=True)
-        leaks = [Leak(*pair, float(smooth[pair]), len(smooth), "evaluation") for pair in zip(t.tolist(), s.tolist(), strict=True)]
-        words = f"{pattern((smooth > TOLERANCE).triu(1))}: seen by gradients alone, at most {smooth.triu(1).max():.2g}."
-        return Report("causality", False, words, leaks, pattern((smooth > TOLERANCE).triu(1)), {**known, "pairs": smooth.triu(1)})
+        pairs, L = smooth.triu(1), len(smooth)
+        shape, leaks = pattern(pairs > TOLERANCE), _leaks(pairs, L, "evaluation")
+        words = f"{shape}: seen by gradients alone, at most {pairs.max():.2g}."
+        return Report("causality", False, words, leaks, shape, {**known, "pairs": pairs})
     worst = max(proven, key=lambda trial: (trial.mode == "evaluation", -abs(trial.length - 256), trial.together))
     L, mode = worst.length, worst.mode
     everywhere = _Trial(L, tuple(range(1, L)), mode, worst.rows, worst.seed, worst.together)
@@ -262,14 +267,9 @@ def _describe(probe: Probe, proven: list[_Trial], smooth: Tensor | None, known: 
     shape = pattern(pairs > TOLERANCE)
     again = [_Trial(L, worst.cuts, mode, worst.rows, 1000 + n, worst.together).run(probe) > TOLERANCE for n in range(REPEATS)]
     lengths = sorted({trial.length for trial in proven})
-    t, s = (pairs > TOLERANCE).nonzero(as_tuple=True)
-    leaks = [Leak(a, b, float(pairs[a, b]), L, mode) for a, b in zip(t.tolist(), s.tolist(), strict=True)]
-    words = (
-        f"the logits depend on later tokens ({shape}): in a window of {L}, {len(leaks):,} of {L * (L - 1) // 2:,} pairs (t, s)"
-    )
-    words += (
-        f" leak, the most at {max(leaks, key=lambda leak: leak.change)[:2]} by {float(pairs.max()):.2g} of the logits' spread"
-    )
+    leaks = _leaks(pairs, L, mode)
+    words = f"the logits depend on later tokens ({shape}): in a window of {L}, {len(leaks):,} of {L * (L - 1) // 2:,} pairs "
+    words += f"(t, s) leak, the most at {max(leaks, key=lambda leak: leak.change)[:2]} by {pairs.max():.2g} of the logits' spread"
     if not all(again):
         shape += ", at random"
         words += f"; at random, in {sum(again)} of {REPEATS} repetitions"
@@ -281,6 +281,12 @@ def _describe(probe: Probe, proven: list[_Trial], smooth: Tensor | None, known: 
     place = _place(probe, worst, cut=1 + int(together.amax(1).argmax()))
     words += f". It is first seen in {place}." if place else "."
     return Report("causality", False, words, leaks, shape, {**known, "pairs": pairs, "first_seen_in": place})
+
+
+def _leaks(pairs: Tensor, length: int, mode: str) -> list[Leak]:
+    """Those of pairs (t, s) that moved by more than TOLERANCE."""
+    places = (pairs > TOLERANCE).nonzero().tolist()
+    return [Leak(t, s, float(pairs[t, s]), length, mode) for t, s in places]
 
 
 def pattern(leaking: Tensor) -> str:
@@ -319,11 +325,10 @@ def _place(probe: Probe, trial: _Trial, cut: int) -> str:
             outputs.append((names[module], output[:, :cut].detach().clone()))
 
     hooks = [module.register_forward_hook(look) for module in probe.model.modules()]
-    how = {"training": trial.mode == "training", "cached": trial.mode == "with a cache", "seed": trial.seed}
     with torch.no_grad():
-        probe(ids, **how)
+        trial.logits(probe, ids)
         calls = len(outputs)
-        probe(changed, **how)
+        trial.logits(probe, changed)
     for hook in hooks:
         hook.remove()
     for (name, before), (_, after) in zip(outputs[:calls], outputs[calls:], strict=False):

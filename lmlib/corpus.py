@@ -142,12 +142,14 @@ def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out side: its normalised text, hashed, falls under `fraction`.
+    """Whether a document belongs to the held-out side: its normalised text, hashed, falls under `fraction`, so that a
+    duplicate lands on the same side."""
+    return int.from_bytes(hashlib.sha256(normalised(document).encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
 
-    Case, spacing and Unicode's compatibility forms do not count, so a duplicate lands on the same side.
-    """
-    normalised = " ".join(unicodedata.normalize("NFKC", document).casefold().split())
-    return int.from_bytes(hashlib.sha256(normalised.encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
+
+def normalised(text: str) -> str:
+    """A text without what does not count: case, spacing, Unicode's compatibility forms."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def sided_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:

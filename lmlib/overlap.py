@@ -6,7 +6,6 @@ A score says something of new text only if that text is new, the sample large en
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lmlib.causality import Report
+from lmlib.corpus import normalised
+from lmlib.probe import same_chance
 
 NGRAM = 13  # words or tokens in a row that two texts do not share by chance (GPT-3, arXiv:2005.14165, appendix C)
 NEAR = 0.5  # share of a document's n-grams that makes it a near duplicate
@@ -35,9 +36,9 @@ def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM
     training, held_out = list(training), list(held_out)
     if not training or not held_out:
         raise ValueError("check_split needs documents on both sides.")
-    exact, seen = set(training), {_normalised(text) for text in training}
+    exact, seen = set(training), {normalised(text) for text in training}
     copies = [number for number, text in enumerate(held_out) if text in exact]
-    same = [number for number, text in enumerate(held_out) if text not in exact and _normalised(text) in seen]
+    same = [number for number, text in enumerate(held_out) if text not in exact and normalised(text) in seen]
     vocabulary: dict[str, int] = {}
     words = [_words(text, vocabulary) for text in held_out]
     left, right = (_joined(side) for side in ((_words(text, vocabulary) for text in training), words))
@@ -141,13 +142,9 @@ def _whole(tokens: np.ndarray, n: int) -> np.ndarray:
     return ends[n:] == ends[:-n]
 
 
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def _words(text: str, vocabulary: dict[str, int]) -> np.ndarray:
     """The numbers of a text's words, punctuation and case left out."""
-    words = re.findall(r"\w+", _normalised(text))
+    words = re.findall(r"\w+", normalised(text))
     return np.array([vocabulary.setdefault(word, len(vocabulary)) for word in words], dtype=np.int64)
 
 
@@ -192,11 +189,11 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
     if len(windows) < 4:
         raise ValueError(f"check_evaluation needs four windows or more, not {len(windows)}.")
     was_training = {module: module.training for module in model.modules()}
+    device = next((tensor.device for tensor in model.parameters()), windows.device)
 
     def measured(training: bool, rows: Tensor, seed: int) -> float:
         model.train(training)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+        with same_chance(device, seed), torch.no_grad():
             return float(evaluate(model, rows))
 
     try:

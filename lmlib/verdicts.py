@@ -83,9 +83,9 @@ def save(reports: list[Report], source: str | Path, path: str | Path):
 
 def table(reports: list[Report], source: str | Path) -> str:
     """An audit's verdicts as a table in HTML."""
-    words, cell = {True: "pass", False: "FAIL", None: "not judged"}, "<td style='padding: 2px 12px; vertical-align: top'>"
+    cell = "<td style='padding: 2px 12px; vertical-align: top'>"
     rows = "".join(
-        f"<tr style='color: {COLOURS[1] if report.passed is False else GREY}'>{cell}<b>{words[report.passed]}</b></td>"
+        f"<tr style='color: {COLOURS[1] if report.passed is False else GREY}'>{cell}<b>{report.verdict}</b></td>"
         f"{cell}{report.check}</td>{cell}{html.escape(printable(report.summary))}</td></tr>"
         for report in reports
     )

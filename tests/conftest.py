@@ -1,7 +1,10 @@
 """Shared pieces: the smoke recipe under a name of its own, and a small corpus of real English."""
 
 import itertools
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models this small lose by threads, and so do tests side by side
 
 import pytest
 

@@ -92,8 +92,16 @@ def test_the_load_of_experts_is_a_record_of_the_whole_batch(smoke):
     smoke(feed_forward="mlp", num_experts_per_tok=5)  # not used, not judged
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("optimizer", "feed_forward"), [("muon", "mlp"), ("adamw", "mlp"), ("muon", "moe")])
-def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, optimizer, feed_forward):
+def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, threads, optimizer, feed_forward):
     """Over an epoch's border, with micro-batches that do not divide the batch, and dropout."""
     shape = {"corpus": str(text_file), "batch_size": 60, "micro_batch_size": 25, "total_steps": 10, "optimizer": optimizer}
     shape["feed_forward"] = feed_forward
