@@ -41,7 +41,9 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     settings = folder / ".config" / "lab" / "user-settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text('{"windowingMode": "none"}')  # else cells out of view are not in the page, and cannot be counted
-    server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / ".jupyterlab.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -54,6 +56,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(20)
+        print(log.read_text("utf-8", "replace"))  # shown where a test fails
 
 
 @contextmanager
@@ -84,26 +87,39 @@ def opened(browser: Any, address: str, name: str) -> Any:
     """A page of a browser or context with the notebook, its kernel idle."""
     page = browser.new_page()
     page.set_viewport_size(VIEWPORT)
-    page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
-    page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    idle, dialogs = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]'), page.locator(".jp-Dialog")
-    deadline = time.monotonic() + 120
-    while dialogs.count() or not idle.count():
-        if time.monotonic() > deadline:
-            raise sync_api.TimeoutError(f"the kernel of {name}.ipynb is not idle after 120 s")
-        answer_dialogs(page)
-        page.wait_for_timeout(500)
-    page.add_locator_handler(dialogs, lambda _: answer_dialogs(page), no_wait_after=True)  # one may follow another
+    for _ in range(3):
+        page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
+        page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
+        if _settled(page):
+            break
+    else:
+        raise sync_api.TimeoutError(f"{name}.ipynb has no idle kernel after three tries")
+    page.add_locator_handler(page.locator(".jp-Dialog"), lambda _: answer_dialogs(page), no_wait_after=True)
     page.add_style_tag(content=".Toastify { display: none }")  # JupyterLab offers its news
     return page
 
 
-def answer_dialogs(page: Any):
-    """Accept what JupyterLab asks when it is slow: which kernel, or a workspace that another page still holds."""
-    for dialog in page.locator(".jp-Dialog").all():
+def _settled(page: Any, seconds: float = 40) -> bool:
+    """Whether the kernel became idle, and stayed so for two seconds without a question. JupyterLab may ask for a kernel
+    again and again if the first start of one failed, until the page is loaded anew."""
+    idle, deadline, since = '.jp-Notebook-ExecutionIndicator[data-status="idle"]', time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        asks = answer_dialogs(page)
+        since = (since or time.monotonic()) if not asks and page.locator(idle).count() else None
+        if since and time.monotonic() - since > 2:
+            return True
+        page.wait_for_timeout(300)
+    return False
+
+
+def answer_dialogs(page: Any) -> int:
+    """Accept what JupyterLab asks when it is slow: which kernel, or a workspace that another page still holds. How many."""
+    dialogs = page.locator(".jp-Dialog").all()
+    for dialog in dialogs:
         with suppress(sync_api.TimeoutError):  # it went by itself
             print(" ".join(dialog.inner_text(timeout=2000).split()))
             dialog.locator(".jp-mod-accept").click(timeout=2000)
+    return len(dialogs)
 
 
 def run_all(page: Any):
