@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmlib import checkpoint, data, evaluation, session
 from lmlib.causality import Leak, Report, check_causality
-from lmlib.config import LEAKY, RunConfig, resolve_path
+from lmlib.config import RunConfig, resolve_path
 from lmlib.consistency import check_batch_independence, check_cache, check_labels
 from lmlib.model import LanguageModel
 from lmlib.overlap import (
@@ -74,7 +74,7 @@ def before_training(
         Leaky: the run leaks, and its `allow_leaks` is false.
     """
     reports = checks(config, model, store, windows)
-    if theirs := _mark_of(parent):
+    if parent and (theirs := checkpoint.known_leaks(parent)):
         reports.append(Report("init_from", False, f"the model that it starts from leaks ({theirs})."))
     leaks = [report for report in reports if report.passed is False and _refuses(config, report)]
     if leaks and not config.allow_leaks:
@@ -116,14 +116,6 @@ def _check_split(config: RunConfig, store: data.TokenStore, windows: Tensor) -> 
     if config.split == "windows" and found.passed is not False:  # too short to show it
         return replace(found, passed=False, summary=f"training and held-out windows overlap in one text. {found.summary}")
     return found
-
-
-def _mark_of(parent: Path | None) -> str:
-    """The checks that the model in a folder failed and was allowed to."""
-    try:
-        return str(json.loads((parent / "config.json").read_text("utf-8")).get(LEAKY, "")) if parent else ""
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def _run_of_words(store: data.TokenStore) -> int:

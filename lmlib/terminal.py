@@ -62,6 +62,7 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` line editing and a history)
     model, tokenizer = checkpoint.load(run, step)
+    _warn_of_leaks(run)
     steps, last = checkpoint.checkpoint_steps(resolve_path(run)), ""
     print(HELP)
     while True:
@@ -113,6 +114,11 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
             print(f"Error: {printable(str(error))}")
 
 
+def _warn_of_leaks(run: str):
+    if found := checkpoint.known_leaks(resolve_path(run)):
+        print(f"This model LEAKS ({printable(found)}): its scores and texts are not those of a language model.", file=sys.stderr)
+
+
 def _say(model: Any, tokenizer: Any, prompt: str, settings: Settings):
     """Write one text as it comes, and below it how fast and why it ended."""
     ids, began = generation.encode(model, tokenizer, prompt), time.monotonic()
@@ -148,6 +154,7 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
     if not prompts:
         raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", or --prompts-file FILE (or -)')
     model, tokenizer = checkpoint.load(options.run, options.step)
+    _warn_of_leaks(options.run)
     generation.check_top_k(model, settings)
     ids = []
     for number, prompt in enumerate(prompts, 1):

@@ -360,7 +360,8 @@ class Playground:
         return shading.cards(boxes)
 
     def _choices(self, steps: list[int]) -> list[tuple[str, int]]:
-        return [(f"step {step}", step) for step in steps] or [("no checkpoint yet", 0)]
+        mark = " (LEAKY)" if checkpoint.known_leaks(self.run_dir) else ""
+        return [(f"step {step}{mark}", step) for step in steps] or [("no checkpoint yet", 0)]
 
     def _look_for_checkpoints(self):
         """Show checkpoints that a run still training has saved since."""

@@ -12,6 +12,8 @@ from lmlib import audit, causality, comparison, figures, pretrained, runs, sweep
 from lmlib.__main__ import main
 from lmlib.attention import LatentAttention
 from lmlib.config import LEAKY
+from lmlib.generation import Settings
+from lmlib.widgets import Playground
 
 
 def results(config):
@@ -117,7 +119,7 @@ def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
 
 
 @pytest.mark.parametrize("name, leaks", [("maskless", "causality, cache"), ("overlapping", "split")])
-def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky):
+def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky, capsys):
     config = leaky[name]
     assert results(config)[LEAKY] == leaks and results(config)["audit"]["passed"] is False
     assert json.loads((config.run_dir / "config.json").read_text())[LEAKY] == leaks
@@ -134,6 +136,10 @@ def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky):
         assert all("(LEAKY)" in trace.name for trace in figure.data)
     record = next(r for r in map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "audit")
     assert record["leaks"] == leaks
+
+    assert main(["generate", str(config.run_dir), "--mode", "batch", "--prompts", "ROMEO"]) == 0
+    assert f"This model LEAKS ({leaks})" in capsys.readouterr().err
+    assert [label for label, _ in Playground(config.run_dir, "ROMEO", Settings()).step.options][-1] == "step 10 (LEAKY)"
 
 
 def test_what_was_measured_of_overlapping_windows_is_not_called_held_out(leaky):
