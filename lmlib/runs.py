@@ -138,7 +138,7 @@ def _size(folder: Path) -> dict[str, Any]:
 
 def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
     leaks = read_file(folder / "config.json").get(LEAKY)
-    notes = [f"it LEAKS ({printable(str(leaks))}): no score of it is a language model's"] if leaks else []
+    notes = [f"it LEAKS ({printable(str(leaks))})"] if leaks else []
     audited = read_file(folder / "environment.json").get("audit")
     verdicts = audited.get("verdicts") if isinstance(audited, dict) else None
     if not leaks and isinstance(verdicts, dict) and str(verdicts.get("split")).startswith("FAIL"):
