@@ -179,7 +179,7 @@ def _from_hub(name: str, step: int | None) -> nn.Module:
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a strange folder or no network makes it stumble over
-        what = " ".join(str(error).split())[:300]
+        what = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
             f"{name} is no folder here, and cannot be loaded by transformers: {what}. `python -m lmlib runs` lists the runs."
         ) from error
