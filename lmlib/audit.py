@@ -3,7 +3,6 @@
 The checks are usable one by one, on any model or text; here they are put together.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmlib import checkpoint, data, evaluation, session
+from lmlib import checkpoint, data, evaluation, run_folder, session
 from lmlib.causality import Leak, Report, check_causality
 from lmlib.config import RunConfig, resolve_path
 from lmlib.consistency import check_batch_independence, check_cache, check_labels
@@ -227,20 +226,13 @@ def _as_recorded(config: RunConfig, scores: dict[str, Any], step: int) -> Report
     """Whether the score that the run wrote down is the one that its checkpoint has."""
     file = config.run_dir / "metrics.jsonl"
     lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
-    found = [record for record in map(_parsed, lines) if record.get("kind") == "eval" and record.get("step") == step]
+    records = [record for record in map(run_folder.parsed, lines) if isinstance(record, dict)]
+    found = [record for record in records if record.get("kind") == "eval" and record.get("step") == step]
     if not found:
         return Report("record", None, f"the run was not evaluated at step {step}.")
     recorded, again = found[-1]["val_loss"], scores["val_loss"]
     words = f"at step {step} the run wrote {recorded:.6f} nats; measured again from its checkpoint: {again:.6f}."
     return Report("record", abs(recorded - again) < 0.01, words, numbers={"recorded": recorded, "again": again})
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, Any]]:

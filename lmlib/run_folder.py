@@ -73,6 +73,14 @@ class Metrics:
         self.file.close()
 
 
+def parsed(line: str) -> Any:
+    """What a line of metrics.jsonl says, whatever it is; None where it is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def writer(run_dir: Path) -> str | None:
     """The process that holds the run, as "pid on machine"; None if none does."""
     try:

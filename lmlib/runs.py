@@ -94,7 +94,7 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
         if collects:
             gc.enable()
     if len(found) != len(lines):
-        found = [_parsed(line) for line in lines]
+        found = [run_folder.parsed(line) for line in lines]
     records = [record for record in found if _is_record(record)]
     flat = [{**t, **r} if isinstance(t := r.pop("timing", None), dict) else r for r in records]
     return flat, len(lines) - len(records)
@@ -104,13 +104,6 @@ def _is_record(found: Any) -> bool:
     """Whether it has a kind and a finite step."""
     is_known = isinstance(found, dict) and isinstance(found.get("kind"), str) and isinstance(found.get("step"), int | float)
     return is_known and abs(found["step"]) < 2**53
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_file(file: Path) -> dict[str, Any]:
