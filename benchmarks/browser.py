@@ -100,8 +100,8 @@ def opened(browser: Any, address: str, name: str) -> Any:
 
 
 def _settled(page: Any, seconds: float = 40) -> bool:
-    """Whether the kernel became idle, and stayed so for two seconds without a question. JupyterLab may ask for a kernel
-    again and again if the first start of one failed, until the page is loaded anew."""
+    """Whether the kernel became idle, and stayed so for two seconds without a question. JupyterLab has been seen to ask for
+    a kernel again and again, whatever it is answered."""
     idle, deadline, since = '.jp-Notebook-ExecutionIndicator[data-status="idle"]', time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         asks = answer_dialogs(page)

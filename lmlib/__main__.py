@@ -112,7 +112,7 @@ def notebook(options: argparse.Namespace):
     config = RunConfig(**given)
     from lmlib import run_folder
 
-    executed = config.run_dir / "train.ipynb"
+    executed = config.run_dir.absolute() / "train.ipynb"
     if run_folder.finished(run_folder.continued(config)) and executed.exists():
         print(
             f"{config.run_dir} is finished: {config.total_steps} steps, and {executed.name} is left as it is.\n"
@@ -120,10 +120,21 @@ def notebook(options: argparse.Namespace):
         )
         return 0
     import papermill
+    import papermill.iorw
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     ended = threading.Event()
+
+    class Whole(papermill.iorw.LocalHandler):
+        """Writes a draft and renames it: a kill while the notebook is saved leaves the one before, not half of this one."""
+
+        def write(self, buf: str, path: str):
+            draft = Path(path).with_name(f".{Path(path).name}.draft")
+            super().write(buf, str(draft))
+            draft.replace(path)
+
+    papermill.iorw.papermill_io.register(str(executed), Whole())
 
     def keep_asking():
         """A run that is only starting would take a `stop` for an earlier session's."""
@@ -237,7 +248,7 @@ def audit(options: argparse.Namespace) -> int:
 
     reports = audit.audit(options.source, options.step)
     for report in reports:
-        print(printable(str(report)), flush=True)
+        print(report, flush=True)
     folder = resolve_path(options.source)
     page = page or (folder / "audit.html" if (folder / "checkpoints").is_dir() else None)
     if page:

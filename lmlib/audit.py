@@ -73,7 +73,7 @@ def before_training(
         Leaky: the run leaks, and its `allow_leaks` is false.
     """
     reports = checks(config, model, store, windows)
-    if parent and (theirs := checkpoint.known_leaks(parent)):
+    if parent and (theirs := run_folder.known_leaks(parent)):
         reports.append(Report("init_from", False, f"the model that it starts from leaks ({theirs})."))
     leaks = [report for report in reports if report.passed is False and _refuses(config, report)]
     if leaks and not config.allow_leaks:
@@ -227,10 +227,10 @@ def _as_recorded(config: RunConfig, scores: dict[str, Any], step: int) -> Report
     file = config.run_dir / "metrics.jsonl"
     lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     records = [record for record in map(run_folder.parsed, lines) if isinstance(record, dict)]
-    found = [record for record in records if record.get("kind") == "eval" and record.get("step") == step]
-    if not found:
-        return Report("record", None, f"the run was not evaluated at step {step}.")
-    recorded, again = found[-1]["val_loss"], scores["val_loss"]
+    found = [record.get("val_loss") for record in records if record.get("kind") == "eval" and record.get("step") == step]
+    if not found or not isinstance(found[-1], int | float):
+        return Report("record", None, f"the run has no score of step {step} in its records.")
+    recorded, again = found[-1], scores["val_loss"]
     words = f"at step {step} the run wrote {recorded:.6f} nats; measured again from its checkpoint: {again:.6f}."
     return Report("record", abs(recorded - again) < 0.01, words, numbers={"recorded": recorded, "again": again})
 

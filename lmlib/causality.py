@@ -72,8 +72,7 @@ def check_causality(
     Raises:
         ValueError: the model cannot be called; the sentence says what is needed.
     """
-    given = {"vocab_size": vocab_size, "sequence_length": sequence_length, "arguments": arguments}
-    probe = Probe(model, **given)
+    probe = Probe(model, vocab_size, sequence_length, arguments)
     doubts, tried, refused = [], set(), {}
     for trial in _trials(probe, 0.0 if quick else WORK):
         if trial.length in refused:
@@ -88,7 +87,7 @@ def check_causality(
         tried.add(trial.length)
         if seen > TOLERANCE:
             doubts.append(trial)
-    proven = _proven(doubts, probe, model, given)
+    proven = _proven(doubts, probe)
     smooth = None if quick else _gradients(probe, min(probe.sequence_length, 48))
     known = {"lengths": sorted(tried), "longest": probe.sequence_length, "refused": refused, "gradients": smooth is not None}
     if not proven and not (smooth is not None and bool((smooth > TOLERANCE).triu(1).any())):
@@ -182,22 +181,11 @@ def _trials(probe: Probe, work: float) -> Iterator[_Trial]:
             yield trial
 
 
-def in_double(model: nn.Module, given: dict[str, Any]) -> Probe | None:
-    """The model in float64, where rounding cannot pass for a leak; None if it does not compute in it."""
-    try:
-        probe = Probe(model, **given, dtype=torch.float64)
-        if hasattr(probe.model, "set_experts_implementation"):
-            probe.model.set_experts_implementation("eager")  # grouped products have no float64
-        return None if probe.runs(probe.sequence_length) else probe
-    except Exception:
-        return None
-
-
-def _proven(doubts: list[_Trial], probe: Probe, model: nn.Module, given: dict[str, Any]) -> list[_Trial]:
+def _proven(doubts: list[_Trial], probe: Probe) -> list[_Trial]:
     """The trials whose leak remains in float64: tried one by one, or, where many leak and a few of them prove true, all."""
     if not doubts:
         return []
-    double = in_double(model, given)
+    double = probe.in_double()
 
     def remains(trial: _Trial) -> bool:
         """Whether it shows at one cut in a pass of its own too: the rows of one batch may differ by chance alone."""

@@ -343,14 +343,6 @@ def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tupl
     return model, load_tokenizer(str(folder))
 
 
-def known_leaks(folder: Path) -> str:
-    """The checks that the model in a run's folder or a checkpoint failed and was allowed to, as text."""
-    try:
-        return str(json.loads((folder / "config.json").read_text("utf-8")).get(LEAKY, ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """What a verified training state says beside its tensors."""
     return json.loads((folder / "training_state" / "state.json").read_bytes())

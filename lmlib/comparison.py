@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib import run_folder
+from lmlib.config import LEAKY_NAME
 from lmlib.figures import colour, dash, on_any_page, symbols
 from lmlib.runs import AXES, COSTS, named_folders, read_file, read_runs, results_table, whole_config
 
@@ -44,8 +45,8 @@ def _labels(kinds: dict[str, str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for kind in dict.fromkeys(kinds.values()):
         names = [re.sub(r"[-_.]seed\d+", "", name) for name, other in kinds.items() if other == kind]
-        mark = " (LEAKY)" if any(name.endswith(" (LEAKY)") for name in names) else ""
-        names = [name.removesuffix(" (LEAKY)") for name in names]
+        mark = LEAKY_NAME if any(name.endswith(LEAKY_NAME) for name in names) else ""
+        names = [name.removesuffix(LEAKY_NAME) for name in names]
         common = os.path.commonprefix(names).rstrip("-_./") or names[0]
         label, number = common + mark, 2
         while label in labels.values():
@@ -102,7 +103,7 @@ def _ranked(done: pd.DataFrame) -> pd.DataFrame:
     columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *COSTS]
     if done.empty:
         return pd.DataFrame(columns=columns)
-    honest = done[~done["model"].str.endswith("(LEAKY)")]
+    honest = done[~done["model"].str.endswith(LEAKY_NAME)]
     here = honest[honest["judged on"] == honest["judged on"].mode().get(0)]
     losses = here.pivot(index="model", columns="seed", values="held-out loss")  # models x seeds
     several = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)  # the seeds that all of them have
@@ -114,7 +115,7 @@ def _ranked(done: pd.DataFrame) -> pd.DataFrame:
         row = {"seeds": len(runs), "held-out loss": runs["held-out loss"].mean(), "spread": runs["held-out loss"].std()}
         why = "one seed" if len(runs) == 1 else "no two seeds in common"
         row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": f"{why}: unknown"}
-        if str(model).endswith("(LEAKY)"):
+        if str(model).endswith(LEAKY_NAME):
             row["verdict"] = "leaks"
         elif model not in losses.index:
             row["verdict"] = "other text"

@@ -15,6 +15,7 @@ import yaml
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 LEAKY = "lmlib_leaky"  # marks what a run shows that leaks and was allowed to: the names of the checks that it failed
+LEAKY_NAME = " (LEAKY)"  # stands behind the name of such a run, and so in every table and figure
 PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
 

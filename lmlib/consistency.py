@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmlib.causality import REPEATS, TOLERANCE, Leak, Report, in_double
+from lmlib.causality import REPEATS, TOLERANCE, Leak, Report
 from lmlib.probe import Probe, same_chance, spread
 
 
@@ -24,8 +24,7 @@ def check_batch_independence(
 
     Takes and raises what `check_causality` does.
     """
-    given = {"vocab_size": vocab_size, "sequence_length": sequence_length, "arguments": arguments}
-    probe = Probe(model, **given)
+    probe = Probe(model, vocab_size, sequence_length, arguments)
     lengths = sorted({probe.sequence_length, min(probe.sequence_length, 33), min(probe.sequence_length, 8)}, reverse=True)
     doubts = {}
     for repeat in range(1 if quick else REPEATS):
@@ -34,7 +33,7 @@ def check_batch_independence(
                 trial = (length, mode, 300 + repeat, 9 if length <= 33 and not quick else 4)
                 if float(_rows_moved(probe, *trial).max()) > TOLERANCE:
                     doubts[trial] = None
-    double = in_double(model, given) if doubts else None
+    double = probe.in_double() if doubts else None
     leaks = []
     for length, mode, seed, count in doubts:
         moved = _rows_moved(double or probe, length, mode, seed, count)
@@ -71,8 +70,7 @@ def check_cache(
 
     Takes and raises what `check_causality` does. Knows lmlib's cache and that of transformers (`use_cache`).
     """
-    given = {"vocab_size": vocab_size, "sequence_length": sequence_length, "arguments": arguments}
-    probe = Probe(model, **given)
+    probe = Probe(model, vocab_size, sequence_length, arguments)
     if not probe.has_cache:
         return Report("cache", None, "the model has no cache that lmlib knows (past_key_values with use_cache).")
     length = min(probe.sequence_length, 40)
@@ -86,7 +84,7 @@ def check_cache(
             failed[name] = " ".join(str(error).split())[:100]
             continue
         if float(moved.max()) > TOLERANCE:
-            double = double or in_double(model, given)
+            double = double or probe.in_double()
             moved = _decoded(double, length, pieces) if double else moved
             if float(moved.max()) > TOLERANCE and name == "in pieces" and not wrong:  # few know it, and no text is written so
                 failed[name] = "its logits differ"

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lmlib.config import LEAKY, printable, resolve_path
+from lmlib.config import LEAKY, LEAKY_NAME, printable, resolve_path
 from lmlib.pictures import GREY, bundle, save
 from lmlib.runs import AXES, clock, parameters_table, read_runs, results_table, resumes
 
@@ -35,7 +35,7 @@ PANELS = [
 
 def describe(record: Any, total_steps: int) -> str:
     """A record as a line of plain text."""
-    leaky = " (LEAKY)" if record.values.get(LEAKY) else ""
+    leaky = LEAKY_NAME if record.values.get(LEAKY) else ""
     if record.kind == "step":
         return (
             f"Step {record.step}/{total_steps}: Loss={record.loss:.4f} | {record.tokens_per_second:,.0f} tokens/s"
@@ -81,7 +81,7 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
     figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS], vertical_spacing=0.16)
     runs = names_of(frame)
     for number, run in enumerate(runs):
-        folder, mark = frame.attrs.get("runs", {}).get(run), " (LEAKY)" if run.endswith("(LEAKY)") else ""
+        folder, mark = frame.attrs.get("runs", {}).get(run), LEAKY_NAME if run.endswith(LEAKY_NAME) else ""
         for place, lines in enumerate(panel_lines(frame[frame["run"] == run], x, smoothing, folder)):
             for line in lines:
                 # one run alone has a colour for held-out and one for training text

@@ -29,8 +29,11 @@ def show(figure: go.Figure, text: str = "A figure"):
     display(bundle(figure, text), raw=True)
 
 
-def save(figure: go.Figure, path: str | Path):
+def save(figure: go.Figure, path: str | Path, title: str = "", above: str = ""):
     """Write a figure, whole or not at all, as a .png or as an .html page that is interactive and needs no network.
+
+    Args:
+        title, above: of the page; see `page`. Without a title it has the file's name.
 
     Raises:
         ValueError: the name has another ending.
@@ -39,7 +42,7 @@ def save(figure: go.Figure, path: str | Path):
     if path.suffix not in (".png", ".html"):
         raise ValueError(f"{path.name} must end in .png or .html.")
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(png(figure) if path.suffix == ".png" else page(figure, path.stem).encode())
+    draft.write_bytes(png(figure) if path.suffix == ".png" else page(figure, title or path.stem, above).encode())
     draft.replace(path)
 
 

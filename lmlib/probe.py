@@ -52,6 +52,7 @@ class Probe:
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"The audit needs a torch module from ids (B, T) to logits (B, T, V), not a {type(model).__name__}.")
+        self.made_of = (model, vocab_size, sequence_length, arguments)
         self.model = model = _copy(model, dtype)
         self.device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self.accepts = inspect.signature(model.forward).parameters
@@ -86,6 +87,16 @@ class Probe:
         if "use_cache" in self.accepts:
             given["use_cache"] = use_cache
         return self.model(ids, **(given | more))
+
+    def in_double(self) -> "Probe | None":
+        """The same model in float64, where rounding cannot pass for a leak; None if it does not compute in it."""
+        try:
+            probe = Probe(*self.made_of, dtype=torch.float64)
+            if hasattr(probe.model, "set_experts_implementation"):
+                probe.model.set_experts_implementation("eager")  # grouped products have no float64
+            return None if probe.runs(probe.sequence_length) else probe
+        except Exception:  # whatever a stranger's code raises
+            return None
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
         """Random ids (rows, length), padding left out; an odd seed draws from few, so that tokens come again."""

@@ -245,6 +245,15 @@ def run_key(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
+def known_leaks(folder: Path) -> str:
+    """The checks that the model in a run's folder or a checkpoint failed and was allowed to, as text; "" for an honest one."""
+    try:
+        recorded = read_json(folder / "config.json")
+    except ValueError:
+        return ""
+    return str(recorded.get(LEAKY, "")) if isinstance(recorded, dict) else ""
+
+
 def recorded_key(run_dir: Path) -> str | None:
     """The `run_key` of the run that stands in a folder; None where its config.json does not tell."""
     try:

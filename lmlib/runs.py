@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lmlib import run_folder
-from lmlib.config import LEAKY, RunConfig, printable, resolve_path
+from lmlib.config import LEAKY, LEAKY_NAME, RunConfig, printable, resolve_path
 
 TEXTS = {"run", "kind", "path", "prompts", "texts", "expert_load", "windows", "model_name", "notes", "verdicts", "leaks", LEAKY}
 LISTS = {"val_loss_by_position", "val_accuracy_by_position", "steps_skipped"}
@@ -67,7 +67,7 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
         others, parts = [other.parts for other in folders if other != folder], 1
         while parts < len(folder.parts) and folder.parts[-parts:] in [other[-parts:] for other in others]:
             parts += 1
-        mark = " (LEAKY)" if read_file(folder / "config.json").get(LEAKY) else ""
+        mark = LEAKY_NAME if run_folder.known_leaks(folder) else ""
         named[printable("/".join(folder.parts[-parts:])) + mark] = folder
     return named
 
@@ -130,8 +130,8 @@ def _size(folder: Path) -> dict[str, Any]:
 
 
 def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
-    leaks = read_file(folder / "config.json").get(LEAKY)
-    notes = [f"it LEAKS ({printable(str(leaks))})"] if leaks else []
+    leaks = run_folder.known_leaks(folder)
+    notes = [f"it LEAKS ({printable(leaks)})"] if leaks else []
     audited = read_file(folder / "environment.json").get("audit")
     verdicts = audited.get("verdicts") if isinstance(audited, dict) else None
     if not leaks and isinstance(verdicts, dict) and str(verdicts.get("split")).startswith("FAIL"):

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lmlib import checkpoint, generation
+from lmlib import checkpoint, generation, run_folder
 from lmlib.config import printable, resolve_path
 from lmlib.generation import Settings
 
@@ -115,7 +115,7 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
 
 
 def _warn_of_leaks(run: str):
-    if found := checkpoint.known_leaks(resolve_path(run)):
+    if found := run_folder.known_leaks(resolve_path(run)):
         print(f"This model LEAKS ({printable(found)}): its scores and texts are not those of a language model.", file=sys.stderr)
 
 

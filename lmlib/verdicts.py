@@ -9,10 +9,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lmlib.causality import Report
+from lmlib import pictures
+from lmlib.causality import TOLERANCE, Report
 from lmlib.config import printable
 from lmlib.figures import COLOURS, colour, dash, on_any_page, stretches
-from lmlib.pictures import GREY, page
+from lmlib.pictures import GREY
 
 
 def picture(reports: list[Report]) -> go.Figure:
@@ -23,7 +24,7 @@ def picture(reports: list[Report]) -> go.Figure:
     figure = make_subplots(1, 3, subplot_titles=titles)
     length = max(2, int(numbers.get("causality", {}).get("longest", 2)))
     pairs = numbers.get("causality", {}).get("pairs")
-    leaking = np.zeros((length, length)) if pairs is None else (pairs > 1e-5).numpy().astype(int)
+    leaking = np.zeros((length, length)) if pairs is None else (pairs > TOLERANCE).numpy().astype(int)
     starts = np.arange(0, len(leaking), -(-len(leaking) // 64))  # at most 64 squares a side
     leaking = np.maximum.reduceat(np.maximum.reduceat(leaking, starts, 0), starts, 1)
     shown = np.where(leaking > 0, 0, np.tril(np.ones_like(leaking)) + 1)  # red what may not be seen and is, blue what may be
@@ -76,9 +77,7 @@ def scores(series: dict[str, Any]) -> go.Figure:
 
 def save(reports: list[Report], source: str | Path, path: str | Path):
     """Write an audit as a page: a verdict a line, and the pictures."""
-    draft = Path(path).with_name(f".{Path(path).name}.draft")
-    draft.write_text(page(picture(reports), f"Audit of {source}", table(reports, source)), "utf-8")
-    draft.replace(path)
+    pictures.save(picture(reports), path, f"Audit of {source}", table(reports, source))
 
 
 def table(reports: list[Report], source: str | Path) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import ipywidgets
 from IPython.display import display
 
-from lmlib import checkpoint, figures, generation, shading
-from lmlib.config import printable, resolve_path
+from lmlib import checkpoint, figures, generation, run_folder, shading
+from lmlib.config import LEAKY_NAME, printable, resolve_path
 from lmlib.generation import Settings
 from lmlib.run_folder import Record
 from lmlib.runs import headline, read_runs, texts_at
@@ -360,7 +360,7 @@ class Playground:
         return shading.cards(boxes)
 
     def _choices(self, steps: list[int]) -> list[tuple[str, int]]:
-        mark = " (LEAKY)" if checkpoint.known_leaks(self.run_dir) else ""
+        mark = LEAKY_NAME if run_folder.known_leaks(self.run_dir) else ""
         return [(f"step {step}{mark}", step) for step in steps] or [("no checkpoint yet", 0)]
 
     def _look_for_checkpoints(self):

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import lmlib
-from lmlib import audit, causality, comparison, figures, pretrained, runs, sweep
+from lmlib import audit, causality, comparison, figures, pretrained, runs, session, sweep
 from lmlib.__main__ import main
 from lmlib.attention import LatentAttention
 from lmlib.config import LEAKY
@@ -185,8 +185,6 @@ def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
 
 
 def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
-    from lmlib import session
-
     store = session.open_store(leaky["overlapping"])
     total = len(store.train) - store.config.sequence_length
     held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
@@ -202,18 +200,8 @@ def test_a_run_is_audited_whole_in_the_terminal_and_on_a_page(trained, capsys, t
     page = tmp_path / "audit.html"
     assert main(["audit", str(trained.run_dir), "--page", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [
-        "causality",
-        "batch independence",
-        "cache",
-        "labels",
-        "split",
-        "tokenizer",
-        "record",
-        "sample",
-        "evaluation",
-        "profile",
-    ]
+    names = ["causality", "batch independence", "cache", "labels", "split", "tokenizer", "record", "sample"]
+    names += ["evaluation", "profile"]
     assert [line[11 : line.index(":")] for line in lines[:-1]] == names and all(line.startswith("pass") for line in lines[:-1])
     assert "measured again from its checkpoint" in lines[6] and lines[-1] == f"The page: {page}"
     text = page.read_text()
@@ -235,6 +223,9 @@ def test_a_score_that_was_changed_by_hand_is_found(trained, tmp_path):
     file.write_text("".join(json.dumps({**line, **({"val_loss": 1.0} if "val_loss" in line else {})}) + "\n" for line in lines))
     reports = {report.check: report for report in audit.audit(tmp_path / "changed")}
     assert reports["record"].passed is False and "wrote 1.000000 nats" in reports["record"].summary
+    file.write_text("".join(json.dumps({**line, **({"val_loss": None} if "val_loss" in line else {})}) + "\n" for line in lines))
+    report = next(report for report in audit.audit(tmp_path / "changed") if report.check == "record")
+    assert report.passed is None and "no score of step 20" in report.summary
 
 
 def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path, capsys):

@@ -9,6 +9,7 @@ from torch import nn
 from lmlib import audit, data, evaluation
 from lmlib.config import RunConfig
 from lmlib.corpus import documents, is_held_out
+from lmlib.overlap import shared_tokens
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,6 @@ def test_shared_runs_equal_a_slow_search():
     for i in range(300 - 7):
         if tuple(held_out[i : i + 8]) in runs:
             slow[i : i + 8] = True
-    from lmlib.overlap import shared_tokens
-
     assert np.array_equal(shared_tokens(training, held_out, 8), slow) and slow[40:70].all() and not slow.all()
 
 
