@@ -31,7 +31,7 @@ notebooks: $(VENV)/ready
 	$(RUN) docs/publish_notebooks.py
 
 survival: $(VENV)/ready
-	$(RUN) benchmarks/survival.py $(ARGS)
+	$(RUN) tests/support/survival.py $(ARGS)
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from lmlib.config import RunConfig
-from lmlib.feed_forward import MLP, MixtureOfExperts
-from lmlib.model import LanguageModel
+from lmlib.model.moe import MLP, MixtureOfExperts
+from lmlib.model.transformer import LanguageModel
 
 WIDTHS = {512: (2048, 680, 8), 192: (512, 168, 4), 128: (512, 168, 4)}  # hidden_size: MLP, expert, heads
 EXPERTS = (4, 8, 16)

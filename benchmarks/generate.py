@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from lmlib import generation, pretrained
-from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.model import LanguageModel
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
+from lmlib.generation.sampling import sample_ids
+from lmlib.generation.settings import Settings
+from lmlib.model import huggingface
+from lmlib.model.attention import Cache
+from lmlib.model.transformer import LanguageModel
 
 
 def seconds(function: Callable, device: torch.device) -> float:
@@ -36,7 +40,7 @@ def bandwidth(device: torch.device) -> float:
 
 def ours(model: LanguageModel, ids: torch.Tensor, tokens: int) -> float:
     """Seconds a token of decoding, the first one (behind the prefill) left out."""
-    steps = generation.sample_ids(model, ids.tolist(), generation.Settings(temperature=0))
+    steps = sample_ids(model, ids.tolist(), Settings(temperature=0))
     next(steps)
     took = seconds(lambda: [next(steps) for _ in range(tokens)], ids.device)
     steps.close()
@@ -69,7 +73,7 @@ def main():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.02)
-    stock = transformers.AutoModelForCausalLM.from_config(pretrained.stock_config(config)).to(device).eval()
+    stock = transformers.AutoModelForCausalLM.from_config(huggingface.stock_config(config)).to(device).eval()
     stock.load_state_dict(model.state_dict())
     speed, weights = bandwidth(device), sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
     print(f"{Path(arguments.recipe).stem}, float32, {device}: reading {speed / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
@@ -80,7 +84,7 @@ def main():
             ids = torch.randint(0, config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
             pairs = [(ours(model, ids, arguments.tokens), theirs(stock, ids, arguments.tokens)) for _ in range(arguments.rounds)]
             us, them = (min(pair[side] for pair in pairs) for side in (0, 1))
-            cache = generation.Cache(config, batch, context, None, model.lm_head.weight).memory.nbytes
+            cache = Cache(config, batch, context, None, model.lm_head.weight).memory.nbytes
             share = (weights + cache) / speed / us
             row = [batch, context, f"{us * 1e3:.1f}", f"{them * 1e3:.1f}", f"{them / us:.2f}", f"{share:.0%}"]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)

@@ -20,9 +20,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set befor
 import torch
 import transformers
 
-from lmlib import checkpoint
-from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.training import train
+from lmlib import checkpoint, training
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
 
 LOCAL = {"corpus": "shakespeare", "corpus_config": None, "tokenizer": "train", "max_tokens": None, "validation_fraction": 0.1}
 
@@ -61,7 +61,7 @@ def main():
 
 def losses(**overrides) -> list[float]:
     config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **overrides)
-    return [record.loss for record in train(config) if record.kind == "step"]
+    return [record.loss for record in training.train(config) if record.kind == "step"]
 
 
 def agreement(base: dict) -> dict:
@@ -78,12 +78,12 @@ def resumes(base: dict) -> dict:
     weights = []
     for name, cut in (("whole", None), ("cut", 7)):
         config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **base, run_name=name, total_steps=10, deterministic=True)
-        run = train(config)
+        run = training.train(config)
         for record in run:
             if cut is not None and record.step == cut:
                 break
         run.close()
-        list(train(config))
+        list(training.train(config))
         weights.append((checkpoint.newest_good(config.run_dir) / "model.safetensors").read_bytes())
     return {"passed": weights[0] == weights[1]}
 
@@ -104,7 +104,7 @@ def experiment(recipe: str, base: dict, deadline: float) -> dict:
     if base["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps, evals = [], []
-    run = train(config)
+    run = training.train(config)
     for record in run:
         if record.kind == "step":
             steps.append(record)

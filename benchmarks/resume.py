@@ -10,9 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from lmlib import checkpoint, optim, pretrained, run_folder, session, training
-from lmlib.config import PROJECT_ROOT, RunConfig, resolve_path
-from lmlib.model import LanguageModel
+from lmlib import checkpoint, optim, training
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT, resolve_path, write_json
+from lmlib.model import huggingface
+from lmlib.model.transformer import LanguageModel
+from lmlib.run.start import open_store
 
 STEP = 9000
 
@@ -29,7 +32,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=resolve_path(arguments.output_dir)) as name:
         text = {"corpus": "shakespeare", "corpus_config": None, "tokenizer": "train", "validation_fraction": 0.1}
         config = RunConfig.load(arguments.recipe, **text, output_dir=name, run_name="resumed")
-        store = session.open_store(config)
+        store = open_store(config)
         config = replace(config, vocab_size=config.vocab_size or store.vocab_size)
         model = LanguageModel(config)
         optimizers = optim.build_optimizers(model, config)
@@ -38,13 +41,13 @@ def main():
         for optimizer in optimizers:
             optimizer.step()  # makes its state
         config.run_dir.mkdir()
-        run_folder.write_json(config.run_dir / "config.json", config.to_dict())
+        write_json(config.run_dir / "config.json", config.to_dict())
 
         began = time.monotonic()
         checkpoint.Saver(background=False).save(
             config.run_dir,
             STEP,
-            pretrained.model_tensors(model),
+            huggingface.model_tensors(model),
             optim.state_tensors(model, optimizers),
             config=config,
             tokenizer=store.tokenizer,
@@ -76,7 +79,7 @@ def loading(config: RunConfig, folder: Path) -> float:
     """Seconds to verify and load weights and optimiser state and nothing else."""
     began = time.monotonic()
     checkpoint.verify_state(folder)
-    model = pretrained.load_weights(folder, config)
+    model = huggingface.load_weights(folder, config)
     optim.load_state_tensors(model, optim.build_optimizers(model, config), checkpoint.read_optimizer(folder))
     return time.monotonic() - began
 

@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from lmlib.config import RunConfig
-from lmlib.meter import matmul_peak
-from lmlib.model import LanguageModel, flops_per_token
-from lmlib.pretrained import stock_config
+from lmlib.model import huggingface
+from lmlib.model.size import flops_per_token
+from lmlib.model.transformer import LanguageModel
+from lmlib.run.throughput import matmul_peak
 
 
 def main():
@@ -31,7 +32,7 @@ def main():
     x, y = ids[:, :-1], ids[:, 1:]
 
     ours = LanguageModel(config)
-    settings = stock_config(config)
+    settings = huggingface.stock_config(config)
     stock = getattr(transformers, settings.architectures[0])._from_config(settings, attn_implementation="sdpa")
     stock.load_state_dict(ours.state_dict())
 

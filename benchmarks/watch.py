@@ -11,7 +11,7 @@ import tempfile
 
 from jupyter_client.manager import start_new_kernel
 
-from lmlib.config import PROJECT_ROOT
+from lmlib.files import PROJECT_ROOT
 
 CODE = """
 import time, lmlib

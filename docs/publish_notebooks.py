@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from lmlib.config import PROJECT_ROOT
+from lmlib.files import PROJECT_ROOT
 
 
 def main():

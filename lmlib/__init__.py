@@ -6,57 +6,26 @@ __version__ = "0.1.0"
 
 _HOME = {
     "RunConfig": "config",
-    "printable": "config",
-    "LanguageModel": "model",
+    "printable": "text",
+    "LanguageModel": "model.transformer",
     "train": "training",
     "load": "checkpoint",
-    "generate": "generation",
-    "stream": "generation",
+    "generate": "generation.text",
+    "stream": "generation.text",
 }
-_MODULES = [
-    "config",
-    "corpus",
-    "data",
-    "attention",
-    "feed_forward",
-    "model",
-    "optim",
-    "meter",
-    "evaluation",
-    "run_folder",
-    "pretrained",
-    "checkpoint",
-    "generation",
-    "probe",
-    "causality",
-    "consistency",
-    "overlap",
-    "session",
-    "audit",
-    "training",
-    "sweep",
-    "runs",
-    "pictures",
-    "figures",
-    "comparison",
-    "verdicts",
-    "shading",
-    "terminal",
-    "widgets",
-    "explorer",
-]
+_ROOMS = ["analysis", "audit", "checkpoint", "data", "generation", "model", "notebook", "run", "sweep", "training"]
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    """Import a public name when it is first asked for, so that `import lmlib` costs no torch."""
+    """Import a public name when it is first used, so that `import lmlib` costs no torch."""
     if name in _HOME:
         return getattr(importlib.import_module(f"lmlib.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _ROOMS:
         return importlib.import_module(f"lmlib.{name}")
     raise AttributeError(f"module 'lmlib' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME.keys() | set(_MODULES) | {"__version__"})
+    return sorted({*_HOME, *_ROOMS, "__version__"})

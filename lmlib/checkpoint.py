@@ -19,18 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmlib.config import LEAKY, RunConfig, resolve_path
-from lmlib.data import file_sha256, load_tokenizer
-from lmlib.model import LanguageModel
-from lmlib.pretrained import CheckpointError, config_of, load_weights, model_card, stock_config
-from lmlib.run_folder import now, recorded_key, run_key, write_json
+from lmlib.config import RunConfig, recorded_key, run_key
+from lmlib.data.tokenizer import load_tokenizer
+from lmlib.files import _sync_folder, file_sha256, now, resolve_path, write_json
+from lmlib.leaks import LEAKY
+from lmlib.model import huggingface
+from lmlib.model.transformer import LanguageModel
 
 FORMAT = 1
+
+
 STATES_KEPT = 2  # the newest so many checkpoints keep their training state
-
-
-# ---------------------------------------------------------------------------------------------------
-# Writing
 
 
 class Saver:
@@ -98,7 +97,7 @@ def save_checkpoint(
     final, draft = parent / f"checkpoint_step_{step}", parent / f".draft_step_{step}"
     state_dir = draft / "training_state"
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(
+        raise huggingface.CheckpointError(
             f"The weights of step {step} are not all finite ({', '.join(broken[:3])}), so they are not saved. The earlier "
             "checkpoints are untouched: start a run of another name with a lower learning_rate."
         )
@@ -108,7 +107,7 @@ def save_checkpoint(
         check_space(parent, sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values())))
         state_dir.mkdir(parents=True)
         save_file(_on_cpu(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        stock = stock_config(config, tokenizer)
+        stock = huggingface.stock_config(config, tokenizer)
         if leaks:
             setattr(stock, LEAKY, leaks)
         stock.save_pretrained(draft)
@@ -118,7 +117,7 @@ def save_checkpoint(
         score = {"val_loss": val_loss, "val_loss_step": val_loss_step, **({LEAKY: leaks} if leaks else {})}
         manifest = write_manifest(draft, {**origin, **score, "timestamp": now(), "scheduled": scheduled}, "checkpoint.json")
         if leaks:  # in no manifest, so that people may add to it
-            (draft / "README.md").write_text(model_card(config, step, val_loss, val_loss_step, leaks), "utf-8")
+            (draft / "README.md").write_text(huggingface.model_card(config, step, val_loss, val_loss_step, leaks), "utf-8")
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
         model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
         write_manifest(state_dir, {**origin, "model_sha256": model_sha256, **state}, "state.json")
@@ -130,7 +129,7 @@ def save_checkpoint(
         _sync_folder(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(
+        raise huggingface.CheckpointError(
             f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some space or choose "
             "another output_dir; the earlier checkpoints are untouched."
         ) from error
@@ -142,7 +141,7 @@ def check_space(folder: Path, needed: int):
     """Raise a CheckpointError if the disk that holds `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < needed:
-        raise CheckpointError(
+        raise huggingface.CheckpointError(
             f"The checkpoints need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
             "make room, raise checkpoint_every, or choose another output_dir."
         )
@@ -205,10 +204,6 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Verifying and choosing
-
-
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that stand in a run's folder, damaged ones too, ascending."""
     names = (re.fullmatch(r"checkpoint_step_(\d+)", path.name) for path in (run_dir / "checkpoints").glob("checkpoint_*"))
@@ -225,23 +220,23 @@ def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
         manifest = json.loads((folder / name).read_bytes())
         digest = manifest.pop("digest")
         if digest != _digest(manifest):
-            raise CheckpointError(f"{folder} is damaged: {name} does not match its own digest.")
+            raise huggingface.CheckpointError(f"{folder} is damaged: {name} does not match its own digest.")
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {manifest['format']}; this lmlib reads format {FORMAT}.")
+            raise huggingface.CheckpointError(f"{folder} has format {manifest['format']}; this lmlib reads format {FORMAT}.")
         for file, expected in manifest["files"].items():
             path = folder / Path(file).name
             if not path.is_file():
-                raise CheckpointError(f"{folder} is damaged: {file} is missing.")
+                raise huggingface.CheckpointError(f"{folder} is damaged: {file} is missing.")
             if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{folder} is damaged: {file} is not the file that was saved.")
-    except CheckpointError:
+                raise huggingface.CheckpointError(f"{folder} is damaged: {file} is not the file that was saved.")
+    except huggingface.CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no finished checkpoint: {name} is missing.") from None
+        raise huggingface.CheckpointError(f"{folder} is no finished checkpoint: {name} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is damaged: {name} cannot be read ({type(error).__name__}).") from None
+        raise huggingface.CheckpointError(f"{folder} is damaged: {name} cannot be read ({type(error).__name__}).") from None
     if (match := re.fullmatch(r"checkpoint_step_(\d+)", folder.name)) and int(match[1]) != manifest.get("step"):
-        raise CheckpointError(f"{folder} is mixed up: it holds step {manifest.get('step')}.")
+        raise huggingface.CheckpointError(f"{folder} is mixed up: it holds step {manifest.get('step')}.")
     return manifest
 
 
@@ -252,13 +247,15 @@ def verify_state(folder: Path) -> dict[str, Any]:
         weights["step"],
         weights["files"]["model.safetensors"]["sha256"],
     ):
-        raise CheckpointError(f"{folder} is mixed up: its training state belongs to other weights.")
+        raise huggingface.CheckpointError(f"{folder} is mixed up: its training state belongs to other weights.")
     return state
 
 
 def _check_origin(folder: Path, manifest: dict[str, Any], run: str | None):
     if run is not None and manifest.get("run", run) != run:
-        raise CheckpointError(f"{folder} is foreign: it was saved by another run than the one whose folder it lies in.")
+        raise huggingface.CheckpointError(
+            f"{folder} is foreign: it was saved by another run than the one whose folder it lies in."
+        )
 
 
 def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None) -> Path | None:
@@ -278,14 +275,14 @@ def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None)
         folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
             _check_origin(folder, (verify_state if with_state else verify)(folder), run)
-        except CheckpointError as error:
+        except huggingface.CheckpointError as error:
             failures.append(str(error))
             continue
         for failure in failures:
             warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
         return folder
     if failures:
-        raise CheckpointError(
+        raise huggingface.CheckpointError(
             "No checkpoint can be used:\n"
             + "\n".join(f"  - {failure}" for failure in failures)
             + "\nBring back a copy of one of these folders, or start a run of another name."
@@ -301,30 +298,28 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     """
     folder = resolve_path(path)
     if not folder.exists():
-        raise CheckpointError(f"There is no folder {path}. `python -m lmlib runs` lists the runs.")
+        raise huggingface.CheckpointError(f"There is no folder {path}. `python -m lmlib runs` lists the runs.")
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         if step is not None:
-            raise CheckpointError(f"{path} is one model, so step={step} means nothing; give the run's folder.")
+            raise huggingface.CheckpointError(f"{path} is one model, so step={step} means nothing; give the run's folder.")
         if (folder / "checkpoint.json").exists():
             verify(folder)
         return folder
     if not (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
+        raise huggingface.CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
     steps = checkpoint_steps(folder)
     if step is not None and step not in steps:
-        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has: {', '.join(map(str, steps)) or 'none'}.")
+        raise huggingface.CheckpointError(
+            f"{path} has no checkpoint of step {step}; it has: {', '.join(map(str, steps)) or 'none'}."
+        )
     if step is None:
         found = newest_good(folder)
         if found is None:
-            raise CheckpointError(f"{path} has no checkpoint yet.")
+            raise huggingface.CheckpointError(f"{path} has no checkpoint yet.")
         return found
     found = folder / "checkpoints" / f"checkpoint_step_{step}"
     _check_origin(found, verify(found), recorded_key(folder))
     return found
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading
 
 
 def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tuple[LanguageModel, Any]:
@@ -338,8 +333,8 @@ def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tupl
         CheckpointError: nothing usable there, or the folder has settings that lmlib lacks (named).
     """
     folder = find_checkpoint(path, step)
-    config = config_of(folder)
-    model = load_weights(folder, config).to(device).eval()
+    config = huggingface.config_of(folder)
+    model = huggingface.load_weights(folder, config).to(device).eval()
     return model, load_tokenizer(str(folder))
 
 
@@ -355,11 +350,3 @@ def read_optimizer(folder: Path) -> dict[str, Tensor]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,20 +3,16 @@
 The defaults are the quickstart recipe. The notebook's parameters cell repeats the lines of the class.
 """
 
-import difflib
+import hashlib
+import json
 import re
-import types
-import unicodedata
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-import yaml
-
-_REPOSITORY = Path(__file__).resolve().parent.parent
-LEAKY = "lmlib_leaky"  # marks what a run shows that leaks and was allowed to: the names of the checks that it failed
-LEAKY_NAME = " (LEAKY)"  # stands behind the name of such a run, and so in every table and figure
-PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
+from lmlib.files import read_json, resolve_path
+from lmlib.leaks import LEAKY
+from lmlib.parameters import _coerce, _unknown, read_parameters
 
 
 @dataclass(frozen=True, init=False)
@@ -118,187 +114,12 @@ class RunConfig:
         """
         return cls(**{**(read_parameters(path) if path else {}), **overrides})
 
-    @classmethod
-    def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
-        """The configuration that a notebook's variables describe: `RunConfig.from_notebook(globals())`.
-
-        Strongest first: what papermill injected, what was edited in the parameters cell (differs from the
-        default), the file that `recipe` names, the defaults.
-        """
-        injected, edited = notebook_parameters(namespace)
-        recipe = injected.pop("recipe", edited.pop("recipe", None))
-        defaults = {field.name: field.default for field in fields(cls)}
-        edited = {name: value for name, value in edited.items() if name not in defaults or value != defaults[name]}
-        return cls.load(recipe, **{**edited, **injected})
-
     @property
     def run_dir(self) -> Path:
         return resolve_path(self.output_dir) / self.run_name
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def resolve_path(path: str | Path) -> Path:
-    """`path` as it stands if that exists, else counted from the project's root (kernels start in notebooks/)."""
-    path = Path(path).expanduser()
-    return path if path.is_absolute() or path.exists() else PROJECT_ROOT / path
-
-
-def shown(path: Path) -> str:
-    """`path` as a reader of a notebook or terminal wants it: from the project's root where it lies inside."""
-    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
-
-
-def printable(text: str) -> str:
-    """Text from a model, corpus or file name, safe for a terminal: what would act on it is shown as its number instead
-    (control characters and line separators, escape sequences, half surrogates, marks that turn the writing direction)."""
-    hidden = {"Cc", "Cs", "Zl", "Zp"}
-    turning = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
-    def acts(c: str) -> bool:
-        return c not in "\n\t" and (unicodedata.category(c) in hidden or c in turning)
-
-    return "".join(f"\\x{ord(c):02x}" if acts(c) else c for c in text)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading parameters
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        if repeated := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(problem=f"given twice: {', '.join(sorted(repeated))}")
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file as a dict. Keys must be identifiers and values plain (text, number, true/false, null).
-
-    Raises:
-        ValueError: no such file, not YAML, not a flat mapping, or a key or value that could carry code.
-    """
-    file = resolve_path(path)
-    if not file.is_file():
-        known = sorted(p.relative_to(PROJECT_ROOT).as_posix() for p in PROJECT_ROOT.glob("params/**/*.yaml"))
-        raise ValueError(f"There is no parameter file {path}. The recipes are: {', '.join(known)}.")
-    try:
-        parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(parameters, dict):
-        raise ValueError(f"{path} must be a flat mapping with a line `name: value` for each parameter.")
-    parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is no parameter
-    return check_plain(parameters, str(path))
-
-
-def check_plain(parameters: dict, source: str) -> dict[str, Any]:
-    """`parameters`, if each key is an identifier and each value plain; they may become lines of Python."""
-    mistakes = []
-    for key, value in parameters.items():
-        if not (isinstance(key, str) and key.isascii() and key.isidentifier()):
-            mistakes.append(f"{key!r} is not a parameter's name")
-        elif type(value) not in (str, int, float, bool, types.NoneType):
-            mistakes.append(f"{key} is a {type(value).__name__}; write text, a number, true, false or null")
-        elif isinstance(value, str) and not value.isprintable():
-            mistakes.append(f"{key} holds control characters or line breaks")
-    if mistakes:
-        raise ValueError(f"{source} cannot be used:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
-    return parameters
-
-
-def parse_overrides(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """`-p NAME VALUE` pairs from a command line, each value read as YAML unless the parameter is text."""
-    hints = get_type_hints(RunConfig)
-    parameters = {}
-    for name, text in pairs:
-        is_text = name in hints and str in (hints[name], *get_args(hints[name]))
-        try:
-            parameters[name] = (None if text.lower() in ("null", "none") else text) if is_text else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            parameters[name] = text
-    return check_plain(parameters, "-p")
-
-
-def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(injected by papermill, assigned in the parameters cell) among a notebook's variables.
-
-    IPython keeps every executed cell in `In`; papermill starts its own with "# Parameters". Where cells are not kept
-    (nbval, a plain dict), every public plain value counts as assigned.
-    """
-    injected, edited = {}, {}
-    for cell in namespace.get("In", []):
-        names = {name: namespace[name] for name in re.findall(r"^(\w+)\s*=", cell, re.MULTILINE) if name in namespace}
-        if cell.lstrip().startswith("# Parameters"):
-            injected = names
-        elif names.keys() & {"run_name", "output_dir"}:
-            edited = names
-    if not edited:
-        plain = (str, int, float, bool, types.NoneType, list, dict, tuple)
-        public = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
-        edited = {name: value for name, value in public.items() if isinstance(value, plain) and name not in injected}
-    return injected, edited
-
-
-def notebook_folder(namespace: dict[str, Any]) -> Path:
-    """The folder that a notebook's `output_dir` means, once every injected name is known.
-
-    Parameters of a recipe are welcome too, so that one file serves every notebook.
-
-    Raises:
-        ValueError: papermill injected a name that neither the notebook nor RunConfig has.
-    """
-    injected, own = notebook_parameters(namespace)
-    known = get_type_hints(RunConfig).keys() | own.keys()
-    if unknown := sorted(injected.keys() - known):
-        raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {_unknown(n, known)}" for n in unknown))
-    return resolve_path(namespace["output_dir"])
-
-
-def notebook_run(namespace: dict[str, Any]) -> Path:
-    """The run's folder that a notebook's `output_dir` and `run_name` mean; raises as `notebook_folder` does."""
-    return notebook_folder(namespace) / namespace["run_name"]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Checking parameters
-
-
-def _unknown(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"{name} is no parameter" + (f"; did you mean {' or '.join(close)}?" if close else "")
-
-
-def _coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
-    """(value as `hint`, None), or (value, what is wrong with it). "3e-4" is a number; YAML reads it as text."""
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        return value, None if value in choices else f"{name} is {value!r}; choose from {', '.join(map(repr, choices))}"
-    optional = types.NoneType in get_args(hint)
-    wanted = get_args(hint)[0] if optional else hint
-    if value is None and optional:
-        return value, None
-    if wanted is str and isinstance(value, Path):
-        return str(value), None
-    if type(value) is wanted:
-        if wanted is float and value != value or value in (float("inf"), float("-inf")):
-            return value, f"{name} is {value}; write a finite number"
-        if wanted is str and (not value or not value.isprintable()):
-            return value, f"{name} is {value!r}; write text on one line"
-        return value, None
-    if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if wanted is float and abs(number) != float("inf") and number == number or number == int(number):
-                return wanted(number), None
-        except (ValueError, OverflowError):
-            pass
-    words = {int: "a whole number", float: "a number", bool: "true or false (True or False in Python)", str: "text"}
-    return value, f"{name} is {value!r}; write {words[wanted]}{' or null' if optional else ''}"
 
 
 def _contradictions(c: RunConfig) -> list[str]:
@@ -375,3 +196,40 @@ def _contradictions(c: RunConfig) -> list[str]:
         need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {c.qk_rope_head_dim}; it must be even to be rotated")
         need(c.qk_nope_head_dim >= 0, f"qk_nope_head_dim is {c.qk_nope_head_dim}; it must be 0 or more")
     return wrong
+
+
+# What may differ when a run is continued; a change of anything else would make another run of it.
+MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir"}
+
+
+ONLY_MLA = {"q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"}
+
+
+ONLY_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
+
+
+def run_key(config: RunConfig) -> str:
+    """What makes this run itself: a hash of the fixed parameters that differ from their defaults."""
+    defaults = RunConfig().to_dict()
+    own = {name: value for name, value in fixed(config).items() if value != defaults[name]}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def recorded_key(run_dir: Path) -> str | None:
+    """The `run_key` of the run that stands in a folder; None where its config.json does not tell."""
+    try:
+        recorded = read_json(run_dir / "config.json")
+        return run_key(RunConfig(**{n: v for n, v in recorded.items() if n != LEAKY})) if recorded else None
+    except (ValueError, TypeError):
+        return None
+
+
+def fixed(config: RunConfig) -> dict[str, Any]:
+    """The parameters that a run keeps for life: all that it uses but those that may change."""
+    left_out = MAY_CHANGE | unused(config.attention, config.feed_forward)
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
+def unused(attention: str, feed_forward: str) -> set[str]:
+    """The parameters that a model of this kind ignores."""
+    return (ONLY_MLA if attention == "mha" else set()) | ({"intermediate_size"} if feed_forward == "moe" else ONLY_MOE)

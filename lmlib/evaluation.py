@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmlib.model import LanguageModel
+from lmlib.model.transformer import LanguageModel
 
 
 @torch.no_grad()

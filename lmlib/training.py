@@ -14,11 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmlib import audit, checkpoint, data, evaluation, feed_forward, generation, optim, pretrained, run_folder, session
-from lmlib.config import LEAKY, RunConfig
-from lmlib.meter import Meter
-from lmlib.model import LanguageModel, active_parameter_count, parameter_count
-from lmlib.run_folder import Metrics, Record
+from lmlib import checkpoint, evaluation, optim
+from lmlib.config import RunConfig, run_key
+from lmlib.data.tokenizer import token_bytes
+from lmlib.data.tokens import TokenStore
+from lmlib.files import one_sentence, read_json, write_json
+from lmlib.generation.settings import Settings
+from lmlib.generation.text import finish, write
+from lmlib.leaks import LEAKY
+from lmlib.model import huggingface
+from lmlib.model.moe import balance, expert_load, start_counting
+from lmlib.model.size import active_parameter_count, parameter_count
+from lmlib.model.transformer import LanguageModel
+from lmlib.run.device import numerics, pick_device, pick_dtype
+from lmlib.run.environment import record_environment
+from lmlib.run.lock import heartbeat, one_writer, stop_requests
+from lmlib.run.preflight import before_training
+from lmlib.run.records import Metrics, Record
+from lmlib.run.start import build_model, continued, disk_needed, finished, open_store, parent_of, step_of
+from lmlib.run.throughput import Meter
 
 
 class NonFinite(ValueError):
@@ -42,24 +56,24 @@ def train(config: RunConfig) -> Iterator[Record]:
         NonFinite: see `on_nonfinite`.
         Stopped: the run was asked to stop, and is saved.
     """
-    config, device = run_folder.continued(config), session.pick_device(config.device)
-    if (results := run_folder.finished(config)) is not None:
+    config, device = continued(config), pick_device(config.device)
+    if (results := finished(config)) is not None:
         yield Record("done", config.total_steps, results, {})
         return
-    with session.one_sentence(config.run_dir), session.numerics(config, device):
-        parent, store = session.parent_of(config), session.open_store(config)
-        config = replace(config, vocab_size=store.vocab_size, init_step=session.step_of(config, parent))
-        alone, alive = run_folder.one_writer(config.run_dir), run_folder.heartbeat(config.run_dir)
-        with alone, alive, session.stop_requests(config.run_dir) as stop_asked:
+    with one_sentence(config.run_dir), numerics(config, device):
+        parent, store = parent_of(config), open_store(config)
+        config = replace(config, vocab_size=store.vocab_size, init_step=step_of(config, parent))
+        alone, alive = one_writer(config.run_dir), heartbeat(config.run_dir)
+        with alone, alive, stop_requests(config.run_dir) as stop_asked:
             yield from _loop(config, store, device, parent, stop_asked)
 
 
 def _loop(
-    config: RunConfig, store: data.TokenStore, device: torch.device, parent: Path | None, stop_asked: Callable[[], str]
+    config: RunConfig, store: TokenStore, device: torch.device, parent: Path | None, stop_asked: Callable[[], str]
 ) -> Iterator[Record]:
     # Where the run stands
-    run_dir, dtype = config.run_dir, session.pick_dtype(config.dtype, device)
-    last = checkpoint.newest_good(run_dir, with_state=True, run=run_folder.run_key(config))
+    run_dir, dtype = config.run_dir, pick_dtype(config.dtype, device)
+    last = checkpoint.newest_good(run_dir, with_state=True, run=run_key(config))
     state = {"step": 0, "metrics_size": 0, "timing": {}, "skipped": [], "recent_losses": []}
     if last:
         state = checkpoint.read_state(last)
@@ -77,15 +91,15 @@ def _loop(
     begin = state["step"]
     if begin > config.total_steps:
         raise ValueError(f"{parent} is at step {begin}, beyond total_steps {config.total_steps}.")
-    model = session.build_model(config, last or parent).to(device)
+    model = build_model(config, last or parent).to(device)
     optimizers = optim.build_optimizers(model, config)
     if last or config.init_state == "full":
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(last or parent))
-    checkpoint.check_space(run_dir, session.disk_needed(config, model, optimizers, begin))
-    windows, token_bytes = store.validation_windows(), data.token_bytes(store.tokenizer, config.vocab_size)
-    known = last and (run_folder.read_json(run_dir / "environment.json") or {}).get("audit")
-    audited = None if known else audit.before_training(config, model, store, windows, parent)
-    environment = session.record_environment(config, store, model, device, begin, parent, audited)
+    checkpoint.check_space(run_dir, disk_needed(config, model, optimizers, begin))
+    windows, sizes = store.validation_windows(), token_bytes(store.tokenizer, config.vocab_size)
+    known = last and (read_json(run_dir / "environment.json") or {}).get("audit")
+    audited = None if known else before_training(config, model, store, windows, parent)
+    environment = record_environment(config, store, model, device, begin, parent, audited)
     leaks = (environment["audit"] or {}).get("leaks", "")
     micro, skipped, recent = (
         state.get("micro_batch_size", config.micro_batch_size or config.batch_size),
@@ -105,7 +119,7 @@ def _loop(
     def evaluate(step: int) -> Iterator[Record]:
         nonlocal scores, scored
         losses, right = evaluation.score_windows(model, windows, micro, dtype)
-        scores, scored = evaluation.summarise(losses, right, windows[:, 1:], token_bytes), step
+        scores, scored = evaluation.summarise(losses, right, windows[:, 1:], sizes), step
         if not math.isfinite(scores["val_perplexity"]):
             raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
         yield emit("eval", step, {**scores, **({LEAKY: leaks} if leaks else {})})
@@ -117,7 +131,7 @@ def _loop(
         saver.save(
             run_dir,
             step,
-            pretrained.model_tensors(model),
+            huggingface.model_tensors(model),
             optim.state_tensors(model, optimizers),
             config=config,
             tokenizer=store.tokenizer,
@@ -163,7 +177,7 @@ def _loop(
             if is_finite:
                 for optimizer in optimizers:
                     optimizer.step()
-                feed_forward.balance(model)
+                balance(model)
             meter.end_update()
 
             if not is_finite:
@@ -183,7 +197,7 @@ def _loop(
             if is_finite and (step % config.log_every == 0 or is_last):
                 values = {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm}
                 if config.feed_forward == "moe":
-                    values["expert_load"] = feed_forward.expert_load(model)
+                    values["expert_load"] = expert_load(model)
                 yield emit("step", step, values, meter.speed(step))
             if step % config.eval_every == 0 or is_last:
                 yield from evaluate(step)
@@ -213,9 +227,7 @@ def _loop(
         measured_on = what_was_measured(config, store, windows)
         done = emit("done", config.total_steps, results, timing)
         draw_curves(run_dir)
-        run_folder.write_json(
-            run_dir / "results.json", {**results, **timing, "measured_on": measured_on, "audit": environment["audit"]}
-        )
+        write_json(run_dir / "results.json", {**results, **timing, "measured_on": measured_on, "audit": environment["audit"]})
         yield done
     finally:
         try:
@@ -224,16 +236,12 @@ def _loop(
             metrics.close()
 
 
-# ---------------------------------------------------------------------------------------------------
-# One update
-
-
 def gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int, step: int, dtype: torch.dtype) -> float:
     """Put the gradient of a batch's mean loss into the parameters, `micro` windows at a time; returns the loss."""
     device = next(model.parameters()).device
     model.train()
     model.zero_grad(set_to_none=True)
-    feed_forward.start_counting(model)
+    start_counting(model)
     loss = 0.0
     for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -264,9 +272,6 @@ def is_spike(loss: float, recent: list[float]) -> bool:
     return loss > np.mean(recent) + max(0.1, 6 * np.std(recent))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Results
-
 PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # what each evaluation lets the model write
 
 
@@ -276,7 +281,7 @@ def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, l
     new = min(SAMPLE_TOKENS, windows.shape[1] - prompt)
     model.eval()
     ids = windows[:PROMPTS, :prompt].tolist()
-    texts = generation.finish(generation.write(model, tokenizer, ids, generation.Settings(new, temperature=0)))
+    texts = finish(write(model, tokenizer, ids, Settings(new, temperature=0)))
     return {"prompts": [tokenizer.decode(row) for row in ids], "texts": [text.text for text in texts]}
 
 
@@ -306,13 +311,13 @@ def model_name(config: RunConfig) -> str:
 def draw_curves(run_dir: Path):
     """training_curves.png and .html, where the packages that draw are installed; the core trains without them."""
     try:
-        from lmlib import figures
+        from lmlib.analysis import figures
     except ImportError:
         return
     figures.save_curves(run_dir)
 
 
-def what_was_measured(config: RunConfig, store: data.TokenStore, windows: Tensor) -> dict[str, Any]:
+def what_was_measured(config: RunConfig, store: TokenStore, windows: Tensor) -> dict[str, Any]:
     """What the scores in results.json were measured on, in words and numbers."""
     source = f"held-out text ({config.validation_corpus or f'documents of {config.corpus} that training never sees'})"
     if config.split == "windows":

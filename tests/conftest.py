@@ -8,8 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models this small
 
 import pytest
 
-from lmlib.config import PROJECT_ROOT, RunConfig
-from lmlib.corpus import corpus_files
+from lmlib.config import RunConfig
+from lmlib.data.corpus import corpus_files
+from lmlib.files import PROJECT_ROOT
 
 names = (f"run{number}" for number in itertools.count())
 
@@ -35,10 +36,10 @@ def smoke(outputs):
 @pytest.fixture(scope="session")
 def trained(outputs) -> RunConfig:
     """A finished smoke run; tests must not change it."""
-    from lmlib.training import train
+    from lmlib import training
 
     config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", output_dir=outputs, run_name="trained")
-    list(train(config))
+    list(training.train(config))
     return config
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from survival import DAMAGES, FILES
 
 import lmlib
-from lmlib import checkpoint, pretrained
-from lmlib.checkpoint import CheckpointError
-from lmlib.config import PROJECT_ROOT
+from lmlib import checkpoint
+from lmlib.files import PROJECT_ROOT
+from lmlib.model import huggingface
 
 
 @pytest.fixture
@@ -95,18 +95,18 @@ def test_every_cell_is_read_by_stock_transformers_and_from_it(smoke, tmp_path, c
 )
 def test_a_mixture_that_we_lack_is_named(tmp_path, smoke, setting, value, said):
     config = smoke(feed_forward="moe", attention="mha")
-    stock_config = pretrained.stock_config(config)
+    stock_config = huggingface.stock_config(config)
     transformers.Glm4MoeForCausalLM(stock_config).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, setting: value}))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(huggingface.CheckpointError, match=said):
         lmlib.load(tmp_path)
 
 
 def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
     """As transformers writes them: sharded, half precision, and with the defaults of its class."""
     config = lmlib.RunConfig(attention="mha", vocab_size=300, tie_word_embeddings=False)
-    stock = transformers.LlamaForCausalLM(pretrained.stock_config(config)).to(torch.bfloat16)
+    stock = transformers.LlamaForCausalLM(huggingface.stock_config(config)).to(torch.bfloat16)
     stock.save_pretrained(tmp_path, max_shard_size="2MB")
     _, tokenizer = lmlib.load(trained.run_dir)
     tokenizer.save_pretrained(tmp_path)
@@ -132,11 +132,11 @@ def test_folders_of_the_stock_classes_are_read(tmp_path, trained):
     ],
 )
 def test_a_setting_that_we_lack_is_named(tmp_path, setting, value):
-    config = pretrained.stock_config(lmlib.RunConfig(attention="mha", vocab_size=300))
+    config = huggingface.stock_config(lmlib.RunConfig(attention="mha", vocab_size=300))
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, setting: value}))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(huggingface.CheckpointError) as caught:
         lmlib.load(tmp_path)
     assert (value if setting == "model_type" else setting) in str(caught.value)
 
@@ -153,7 +153,7 @@ def test_damage_is_named_and_the_step_before_it_is_used(run, file, damage):
     with pytest.warns(UserWarning, match="Falling back to step 15"):
         assert checkpoint.newest_good(run, with_state=True) == before
     if not file.startswith("training_state"):
-        with pytest.raises(CheckpointError, match="checkpoint_step_20"):
+        with pytest.raises(huggingface.CheckpointError, match="checkpoint_step_20"):
             lmlib.load(run, step=20)
         with pytest.warns(UserWarning, match="Falling back to step 15"):
             lmlib.load(run)
@@ -170,7 +170,7 @@ def test_a_whole_checkpoint_under_another_steps_name_is_refused(run):
 def test_when_none_is_good_each_is_named(run):
     for folder in (run / "checkpoints").iterdir():
         (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="(?s)No checkpoint can be used.*step_20.*step_15.*step_10.*step_5"):
+    with pytest.raises(huggingface.CheckpointError, match="(?s)No checkpoint can be used.*step_20.*step_15.*step_10.*step_5"):
         lmlib.load(run)
 
 
@@ -180,12 +180,12 @@ def test_files_that_no_manifest_lists_are_ignored(run):
 
 
 def test_an_unknown_step_lists_those_there_are(run, tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has: 5, 10, 15, 20"):
+    with pytest.raises(huggingface.CheckpointError, match="no checkpoint of step 7; it has: 5, 10, 15, 20"):
         lmlib.load(run, step=7)
-    with pytest.raises(CheckpointError, match="There is no folder"):
+    with pytest.raises(huggingface.CheckpointError, match="There is no folder"):
         lmlib.load(tmp_path / "nothing")
     (tmp_path / "other").mkdir()
-    with pytest.raises(CheckpointError, match="neither a run with checkpoints nor a model folder"):
+    with pytest.raises(huggingface.CheckpointError, match="neither a run with checkpoints nor a model folder"):
         lmlib.load(tmp_path / "other")
 
 
@@ -198,12 +198,12 @@ def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(run):
     sizes += [{"num_hidden_layers": 10**9}, {"num_hidden_layers": 10**9, "first_k_dense_replace": 10**9}]
     for extra in sizes:
         (plain / "config.json").write_text(json.dumps({**settings, **extra}))
-        with pytest.raises(CheckpointError):
+        with pytest.raises(huggingface.CheckpointError):
             lmlib.load(plain)
     (plain / "config.json").write_text(json.dumps(settings))
     tensors = load_file(plain / "model.safetensors")
     save_file({**tensors, "model.extra": torch.zeros(1)}, plain / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="model.extra is unknown"):
+    with pytest.raises(huggingface.CheckpointError, match="model.extra is unknown"):
         lmlib.load(plain)
 
 
@@ -215,7 +215,7 @@ def save_again(run, background=False, step=25, scheduled=True):
     saver.save(
         run,
         step,
-        pretrained.model_tensors(model),
+        huggingface.model_tensors(model),
         optimizer,
         config=lmlib.RunConfig.load(run / "config.json"),
         tokenizer=tokenizer,
@@ -243,7 +243,7 @@ def test_a_save_that_fails_is_an_error_and_leaves_the_others(run, background, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    with pytest.raises(CheckpointError, match="step 25 could not be written.*No space left"):
+    with pytest.raises(huggingface.CheckpointError, match="step 25 could not be written.*No space left"):
         save_again(run, background)[0].wait()
     monkeypatch.undo()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"checkpoint_step_{s}" for s in (10, 15, 20, 5)]
@@ -268,17 +268,17 @@ def test_a_checkpoint_of_an_interruption_goes_when_a_later_one_is_there(run):
 
 def test_too_little_space_is_said_before_anything_is_written(run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(CheckpointError, match="The checkpoints need .* GB and .* has 0.00 GB free"):
+    with pytest.raises(huggingface.CheckpointError, match="The checkpoints need .* GB and .* has 0.00 GB free"):
         checkpoint.check_space(run / "not" / "yet", 100)
-    with pytest.raises(CheckpointError, match="0.00 GB free"):
+    with pytest.raises(huggingface.CheckpointError, match="0.00 GB free"):
         save_again(run)
     assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch):
-    real = pretrained.model_tensors
-    monkeypatch.setattr(pretrained, "model_tensors", lambda model: {k: t / 0 for k, t in real(model).items()})
-    with pytest.raises(CheckpointError, match="step 25 are not all finite"):
+    real = huggingface.model_tensors
+    monkeypatch.setattr(huggingface, "model_tensors", lambda model: {k: t / 0 for k, t in real(model).items()})
+    with pytest.raises(huggingface.CheckpointError, match="step 25 are not all finite"):
         save_again(run)
     assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(run, smoke):
     for with_state in (False, True):
         with pytest.warns(UserWarning, match="step_25 is foreign: .* Falling back to step 20"):
             assert checkpoint.newest_good(run, with_state).name == "checkpoint_step_20"
-    with pytest.raises(CheckpointError, match="is foreign"):
+    with pytest.raises(huggingface.CheckpointError, match="is foreign"):
         lmlib.load(run, step=25)
 
 

@@ -1,9 +1,15 @@
 """Parameters: what is accepted, what is refused, and how it is said."""
 
+from typing import get_type_hints
+
 import hostile
 import pytest
 
-from lmlib.config import PROJECT_ROOT, RunConfig, parse_overrides, printable, read_parameters
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
+from lmlib.notebook.parameters import run_config
+from lmlib.parameters import parse_overrides, read_parameters
+from lmlib.text import printable
 
 
 def test_every_mistake_is_listed_at_once_with_the_nearest_name():
@@ -90,27 +96,30 @@ def test_every_recipe_loads():
 
 
 def test_command_line_values_are_typed_by_their_parameter():
-    given = parse_overrides([("total_steps", "5"), ("run_name", "7"), ("corpus_config", "null"), ("deterministic", "false")])
+    given = parse_overrides(
+        [("total_steps", "5"), ("run_name", "7"), ("corpus_config", "null"), ("deterministic", "false")],
+        get_type_hints(RunConfig),
+    )
     assert given == {"total_steps": 5, "run_name": "7", "corpus_config": None, "deterministic": False}
     with pytest.raises(ValueError, match="not a parameter's name"):
-        parse_overrides([("x = 1; import os", "1")])
+        parse_overrides([("x = 1; import os", "1")], get_type_hints(RunConfig))
     with pytest.raises(ValueError, match="corpus_split holds control characters"):
-        parse_overrides([("corpus_split", "a\nimport os")])
+        parse_overrides([("corpus_split", "a\nimport os")], get_type_hints(RunConfig))
 
 
 def test_a_notebook_takes_injected_over_edited_over_recipe_over_default():
     cell = 'recipe = "params/smoke.yaml"\nrun_name = "quickstart"\nseed = 0\ntotal_steps = 600\nbatch_size = 7'
     variables = {"recipe": "params/smoke.yaml", "run_name": "quickstart", "seed": 3, "total_steps": 600, "batch_size": 7}
-    config = RunConfig.from_notebook({**variables, "In": ["", cell, "# Parameters\nseed = 3\n"], "unrelated": 1})
+    config = run_config({**variables, "In": ["", cell, "# Parameters\nseed = 3\n"], "unrelated": 1})
     assert (config.seed, config.batch_size, config.hidden_size, config.run_name) == (3, 7, 32, "smoke")
 
 
 def test_an_injected_name_that_no_parameter_has_is_refused():
     cells = {"In": ["", 'recipe = None\nrun_name = "x"', "# Parameters\ntotal_stepz = 5"], "recipe": None, "run_name": "x"}
     with pytest.raises(ValueError, match="total_stepz is no parameter; did you mean total_steps"):
-        RunConfig.from_notebook({**cells, "total_stepz": 5})
+        run_config({**cells, "total_stepz": 5})
     with pytest.raises(ValueError, match="total_stepz is no parameter"):
-        RunConfig.from_notebook({"total_stepz": 5})
+        run_config({"total_stepz": 5})
 
 
 def test_importing_lmlib_costs_no_torch():

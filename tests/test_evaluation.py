@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmlib import evaluation
 from lmlib.config import RunConfig
-from lmlib.evaluation import evaluate, token_scores
-from lmlib.model import LanguageModel
+from lmlib.model.transformer import LanguageModel
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_scores_are_their_definitions(model):
     windows = torch.randint(0, 300, (7, 17), generator=torch.Generator().manual_seed(0))
     token_bytes = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1))
     model.train()
-    scores = evaluate(model, windows, token_bytes, batch_size=3)
+    scores = evaluation.evaluate(model, windows, token_bytes, batch_size=3)
     assert model.training  # and yet dropout was off:
     model.eval()
     logits, targets = model(windows[:, :-1]), windows[:, 1:]
@@ -35,11 +35,11 @@ def test_scores_are_their_definitions(model):
 
 def test_chunks_of_the_head_change_nothing(model):
     ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(2))
-    whole = token_scores(model.eval(), ids[:, :-1], ids[:, 1:])
-    parts = token_scores(model, ids[:, :-1], ids[:, 1:], rows=5)
+    whole = evaluation.token_scores(model.eval(), ids[:, :-1], ids[:, 1:])
+    parts = evaluation.token_scores(model, ids[:, :-1], ids[:, 1:], rows=5)
     assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.equal(whole[1], parts[1])
 
 
 def test_one_window_has_no_standard_error(model):
     windows = torch.zeros(1, 17, dtype=torch.long)
-    assert evaluate(model, windows, torch.ones(300, dtype=torch.long), 1)["val_loss_stderr"] is None
+    assert evaluation.evaluate(model, windows, torch.ones(300, dtype=torch.long), 1)["val_loss_stderr"] is None

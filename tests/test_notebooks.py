@@ -12,7 +12,8 @@ import nbformat
 import papermill
 import pytest
 
-from lmlib.config import PROJECT_ROOT, RunConfig
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"

@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from lmlib.config import PROJECT_ROOT, RunConfig
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
 
 README = (PROJECT_ROOT / "README.md").read_text()
 
@@ -20,7 +21,7 @@ def commands() -> list[str]:
 
 def test_every_command_of_the_readme_parses():
     """Each is of a kind we know; recipes, flags, targets and parameters that it names exist."""
-    from lmlib.__main__ import parser
+    from lmlib.cli.parser import parser
 
     makefile = (PROJECT_ROOT / "Makefile").read_text()
     known = ("make ", "python -m lmlib ", "mkdir ", "papermill ", "python3 -m venv ", ".venv/bin/pip ")

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from lmlib.config import PROJECT_ROOT
+from lmlib.files import PROJECT_ROOT
 
 
 def survival(*options: str) -> str:
-    command = [sys.executable, "benchmarks/survival.py", *options]
+    command = [sys.executable, "tests/support/survival.py", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,6 +1,5 @@
 """The loop: exact resume, refusals, stops and guards."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,32 +8,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from fingerprint import fingerprint
 
 import lmlib
-from lmlib import checkpoint, session, training
-from lmlib.config import PROJECT_ROOT
-from lmlib.run_folder import one_writer
-from lmlib.training import NonFinite, Stopped, gradients
-
-
-def fingerprint(run_dir: Path) -> dict:
-    """Hashes of all tensors on disk, and the metrics and results without their times."""
-    tensors = {
-        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in run_dir.rglob("*.safetensors")
-    }
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    results = json.loads((run_dir / "results.json").read_text())
-    timed = ("training_time_minutes", "tokens_per_second")
-    return {
-        "tensors": tensors,
-        "metrics": [{k: v for k, v in line.items() if k != "timing"} for line in lines],
-        "results": {k: v for k, v in results.items() if k not in timed},
-    }
+from lmlib import checkpoint, training
+from lmlib.files import PROJECT_ROOT
+from lmlib.model import moe
+from lmlib.run.lock import one_writer
+from lmlib.run.start import build_model, greeting, parent_of
 
 
 def test_records_come_in_order_and_are_the_lines_of_the_file(smoke):
@@ -75,8 +59,8 @@ def test_the_load_of_experts_is_a_record_of_the_whole_batch(smoke):
     whole = smoke(feed_forward="moe", batch_size=4, total_steps=6, dropout=0.0)
     assert [r.expert_load for r in lmlib.train(whole) if r.kind == "step"][:2] == [r.expert_load for r in steps][:2]
     model, _ = lmlib.load(config.run_dir)
-    for router in lmlib.feed_forward.routers(model):
-        moved = router.e_score_correction_bias / lmlib.feed_forward.BIAS_RATE
+    for router in moe.routers(model):
+        moved = router.e_score_correction_bias / moe.BIAS_RATE
         assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() <= 6
     with pytest.raises(ValueError, match="num_experts_per_tok is 5; it must be at least 2"):
         smoke(feed_forward="moe", num_experts_per_tok=5)
@@ -124,7 +108,7 @@ def test_more_steps_extend_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
-    assert "stretched to the new end" in session.greeting(longer)
+    assert "stretched to the new end" in greeting(longer)
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -147,7 +131,7 @@ def test_micro_batches_add_up_to_the_batch(smoke):
     ids = torch.randint(0, 512, (8, 17), generator=torch.Generator().manual_seed(0))
     grads = []
     for micro in (8, 3, 1):
-        loss = gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
+        loss = training.gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
         grads.append((loss, [p.grad.clone() for p in model.parameters()]))
     for loss, parameters in grads[1:]:
         assert loss == pytest.approx(grads[0][0], rel=1e-12)
@@ -162,22 +146,21 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(smoke):
     ids = torch.randint(0, 512, (4, 17), generator=torch.Generator().manual_seed(0))
     x, y = ids[:, :-1], ids[:, 1:]
     state = torch.random.get_rng_state()
-    loss = gradients(model, x, y, 2, 0, 1, torch.float32)
+    loss = training.gradients(model, x, y, 2, 0, 1, torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(1)
-    assert gradients(model, x, y, 2, 0, 1, torch.float32) == loss
-    assert gradients(model, x, y, 2, 0, 2, torch.float32) != loss
-    assert gradients(model, x, y, 2, 1, 1, torch.float32) != loss
-    halves = gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
-    assert halves != gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
+    assert training.gradients(model, x, y, 2, 0, 1, torch.float32) == loss
+    assert training.gradients(model, x, y, 2, 0, 2, torch.float32) != loss
+    assert training.gradients(model, x, y, 2, 1, 1, torch.float32) != loss
+    halves = training.gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
+    assert halves != training.gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
 
 
 def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
     config = smoke(init_from=str(trained.run_dir), init_step=10, corpus=str(text_file), total_steps=5)
     start = lmlib.load(trained.run_dir, 10)[0]
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(start.parameters(), session.build_model(config, session.parent_of(config)).parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(start.parameters(), build_model(config, parent_of(config)).parameters(), strict=True)
     )
     assert next(lmlib.train(config)).val_loss < 6.1  # not the 6.24 of random weights
     list(lmlib.train(config))
@@ -270,7 +253,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
 
     monkeypatch.setattr(training, "gradients", poisoned)
     config = smoke(total_steps=10)
-    with pytest.raises(NonFinite, match="step 7 is not finite. No weight was changed"):
+    with pytest.raises(training.NonFinite, match="step 7 is not finite. No weight was changed"):
         list(lmlib.train(config))
     last = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "nonfinite" and last["step"] == 7 and len(last["windows"]) == 4
@@ -351,7 +334,7 @@ def test_stopping_in_python_raises_after_saving_and_going_on_is_exact(smoke):
     whole = smoke(total_steps=10)
     list(lmlib.train(whole))
     config = smoke(total_steps=10)
-    with pytest.raises(Stopped, match="Stopped at step 7 of 10 .SIGINT"):
+    with pytest.raises(training.Stopped, match="Stopped at step 7 of 10 .SIGINT"):
         for record in lmlib.train(config):
             if record.step == 7:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -408,7 +391,8 @@ import sys
 for name in ("datasets", "plotly", "pandas", "matplotlib", "ipywidgets", "IPython", "papermill"):
     sys.modules[name] = None  # importing it fails
 import lmlib
-from lmlib import checkpoint, config, data, evaluation, generation, model, optim, training
+from lmlib import checkpoint, evaluation, optim, training
+from lmlib.data import prepare
 run = lmlib.RunConfig.load("params/smoke.yaml", total_steps=2, output_dir=sys.argv[1], run_name="core")
 assert [r.kind for r in lmlib.train(run)][-1] == "done"
 print(lmlib.generate(*lmlib.load(run.run_dir), ["To be"], max_new_tokens=3))

@@ -66,7 +66,10 @@ def main():
         try:
             names = ["-".join(choice.values()) for choice in COMBINATIONS]
             runs = {
-                side: [{**choice, "run_name": name, "output_dir": str(path)} for choice, name in zip(COMBINATIONS, names)]
+                side: [
+                    {**choice, "run_name": name, "output_dir": str(path)}
+                    for choice, name in zip(COMBINATIONS, names, strict=True)
+                ]
                 for side, path in outputs.items()
             }
             train(tree, runs["old"])
@@ -77,7 +80,9 @@ def main():
             train(HERE, resumed)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
-        rows = [(name, "new", name) for name in names] + [(f"{run['run_name']}, killed and resumed", "resumed", run["run_name"]) for run in resumed]
+        rows = [(name, "new", name) for name in names] + [
+            (f"{run['run_name']}, killed and resumed", "resumed", run["run_name"]) for run in resumed
+        ]
         failed = 0
         for label, side, name in rows:
             old, new = numbers(outputs["old"] / name), numbers(outputs[side] / name)

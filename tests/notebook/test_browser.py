@@ -1,0 +1,264 @@
+"""The notebooks in JupyterLab, in a real browser: run them as a person does and look at what is shown.
+
+Screenshots are kept in build/screenshots. Needs Chromium on the machine; skipped where there is none.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import browser as jupyter
+import pytest
+from browser import SCREENSHOTS, VIEWPORT, all_ran, cell_count, opened, photographed, ran, run_all, settled
+
+from lmlib.files import PROJECT_ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")]
+
+
+@pytest.fixture(scope="module")
+def lab(trained, tmp_path_factory):
+    """JupyterLab on copies of the notebooks, with the lines changed that a user changes."""
+    folder = tmp_path_factory.mktemp("lab")
+    steps = {"total_steps": 3000, "checkpoint_every": 3000, "eval_every": 500, "log_every": 20}
+    run = {"output_dir": str(trained.output_dir)}
+    jupyter.copy_notebook("train", folder, recipe="params/smoke.yaml", run_name="browser", **run, **steps)
+    for name in ("curves", "generate"):
+        jupyter.copy_notebook(name, folder, run_name="trained", **run)
+    jupyter.copy_notebook("curves", folder, "follow", run_name="trained", others=["followed"], **run)
+    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
+    jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir), **short)
+    jupyter.copy_notebook("audit", folder, run_name="trained", leaky_dir=str(folder / "none"), **run)
+    with jupyter.jupyterlab(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with jupyter.chromium() as chromium:
+        yield chromium
+
+
+def chart(page):
+    """The one saved chart: an image that becomes interactive under the mouse."""
+    page.wait_for_selector("img.plot-img", timeout=60_000)
+    page.hover("img.plot-img", force=True, no_wait_after=True)
+    page.wait_for_selector(".js-plotly-plot .trace", state="attached")
+    assert page.locator(".js-plotly-plot").count() == 1
+
+
+def test_train_shows_a_live_chart_that_moves_and_stays(browser, lab):
+    page = opened(browser, lab, "train")
+    run_all(page)
+    page.wait_for_selector(".jp-OutputArea .js-plotly-plot", timeout=120_000)
+
+    longest = "Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.calcdata.map(d => d.length)))"
+    first = page.evaluate(longest)
+    page.wait_for_function(f"{longest} > {first}", timeout=60_000)
+    page.screenshot(path=SCREENSHOTS / "train_live.png")
+    all_ran(page, cell_count("train"))
+    chart(page)
+    assert page.evaluate(longest) == 150
+    text = page.inner_text(".jp-Notebook")
+    assert "Step 3000/3000: Loss=" in text and "held-out loss" in text and "Once upon a time" in text
+    assert "Traceback" not in text
+    photographed(page, "train")
+
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2000)
+    page.close()
+    again = browser.new_page(viewport=VIEWPORT)  # reopened without running: the chart is there
+    again.goto(f"{lab}/lab/tree/train.ipynb?token=t&reset")
+    chart(again)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("curves", "held-out loss"), ("generate", "Once upon a time"), ("compare", "Suggested:"), ("audit", "pass       record")],
+)
+def test_the_others_show_what_they_are_for(browser, lab, name, words):
+    page = ran(browser, lab, name)
+    page.wait_for_timeout(1000)
+    photographed(page, name)
+    text = page.inner_text(".jp-Notebook")
+    assert words in text and "Traceback" not in text
+    page.close()
+
+
+def test_the_playground_writes_stops_continues_and_compares(browser, lab):
+    """Sliders by keyboard and mouse, every button, and what goes wrong said where the person is looking."""
+    page = ran(browser, lab, "generate")
+    status, text = page.locator("[role=status]"), page.locator(".lmlib-text").first
+    button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
+
+    def slider(name):
+        return page.locator(".widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
+
+    def done():
+        page.wait_for_function(
+            "/reached|ended it|stop string|full|likelier/.test(document.querySelector('[role=status]')?.textContent)"
+        )
+        settled(page)
+
+    button("Generate").click()
+    done()
+    assert "100 tokens" in status.inner_text() and text.inner_text().startswith("**HAMLET**")
+    first = text.inner_text()
+    assert page.locator(".lmlib-text .token").count() == 32  # those with half the window of 64 before them
+    page.locator(".lmlib-text .token").nth(3).hover()
+    assert "rank" in page.locator(".lmlib-text .token").nth(3).get_attribute("data-tip")
+    page.screenshot(path=SCREENSHOTS / "playground_hover.png")
+
+    handle = slider("temperature").locator(".noUi-handle")
+    handle.focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowLeft")
+    assert slider("temperature").locator(".widget-readout").inner_text() == "0.00"
+    box = slider("length").locator(".noUi-handle").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 30, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    settled(page)
+    length = int(slider("length").locator(".widget-readout").inner_text())
+    assert length < 100
+    button("Generate").click()
+    page.wait_for_function(f"document.querySelector('[role=status]')?.textContent.includes('{length} tokens')")
+    settled(page)
+    assert text.inner_text() != first
+    shaded = text.inner_html()
+
+    checkpoints = slider("checkpoint")
+    assert checkpoints.locator(".widget-readout").inner_text() == "step 20"
+    checkpoints.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("[...document.querySelectorAll('.widget-readout')].some(e => e.textContent === 'step 15')")
+    settled(page)
+    button("Generate").click()
+    changed = (
+        "before => document.querySelector('.lmlib-text')?.innerHTML !== before && document.querySelector('.lmlib-text .token')"
+    )
+    page.wait_for_function(changed, arg=shaded)  # another checkpoint thinks something else
+    settled(page)
+    before = len(text.inner_text())
+    button("Continue").click()
+    page.wait_for_function(f"document.querySelector('.lmlib-text')?.innerText.length > {before + length // 2}")
+    settled(page)
+    shaded = text.inner_html()
+    button("Another seed").click()
+    page.wait_for_function(changed, arg=shaded)
+
+    slider("length").locator(".noUi-handle").focus()
+    page.keyboard.press("End")
+    settled(page)
+    assert slider("length").locator(".widget-readout").inner_text() == "500"
+    for _ in range(5):  # the model is so quick that Stop may come too late
+        page.evaluate(
+            """async () => { const button = name => [...document.querySelectorAll('button')].find(b => b.textContent === name)
+            const until = async holds => { while (!holds()) await new Promise(done => setTimeout(done, 5)) }
+            button('Generate').click()
+            await until(() => !button('Stop').disabled)
+            button('Stop').click()
+            await until(() => button('Stop').disabled) }"""
+        )
+        settled(page)
+        if "500 tokens" not in status.inner_text():
+            break
+    assert "tokens" in status.inner_text() and "500 tokens" not in status.inner_text() and "reached" not in status.inner_text()
+    slider("length").locator(".noUi-handle").focus()
+    page.keyboard.press("Home")
+    settled(page)
+
+    area = page.locator(".jp-OutputArea textarea").first
+    area.fill("x " * 60000)
+    button("Generate").click()
+    page.wait_for_function("document.querySelector('[role=status]')?.textContent.includes('shorten the prompt')")
+    area.fill("<img src=x onerror=alert(1)>")
+    settled(page)
+    button("Generate").click()
+    done()
+    assert "<img src=x" in text.inner_text()
+
+    page.get_by_role("tab", name="Side by side").click()
+    button("Add these settings").click()
+    button("Add these settings").click()
+    button("Write all").click()
+    done()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SCREENSHOTS / "playground_beside.png")
+    page.get_by_role("tab", name="Grid").click()
+    button("Fill the grid").click()
+    page.wait_for_function("document.querySelectorAll('td .lmlib-text').length === 8")
+    done()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=SCREENSHOTS / "playground_grid.png")
+    page.get_by_role("tab", name="Difference").click()
+    button("Compare").click()
+    page.wait_for_function("document.querySelector('[role=status]')?.textContent.includes('likelier')")
+    page.screenshot(path=SCREENSHOTS / "playground_difference.png")
+    page.close()
+
+
+def test_curves_are_explored_and_a_run_is_followed_until_it_dies(browser, lab, trained, tmp_path):
+    """Every control of the explorer, and a run that another process trains and that is killed."""
+    pairs = {
+        "output_dir": trained.output_dir,
+        "run_name": "followed",
+        "total_steps": 10**6,
+        "eval_every": 200,
+        "checkpoint_every": 10**6,
+    }
+    command = [sys.executable, "-m", "lmlib", "train", str(PROJECT_ROOT / "params" / "smoke.yaml"), "-p", "log_every", "50"]
+    command += [word for name, value in pairs.items() for word in ("-p", name, str(value))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while "Val Loss" not in process.stdout.readline():
+            pass
+        page = ran(browser, lab, "curves", copy="follow")
+        explorer = page.locator(".jp-OutputArea", has=page.get_by_text("smoothing", exact=True)).first
+        explorer.get_by_text("running | step ").wait_for()
+        points = "document.querySelector('.js-plotly-plot').data.find(t => t.name.startsWith('followed, held')).x.length"
+        before = page.evaluate(points)
+        page.wait_for_function(f"{points} > {before}", timeout=60_000)
+        process.kill()
+    explorer.get_by_text("died | step ").wait_for(timeout=60_000)
+    page.screenshot(path=SCREENSHOTS / "explorer.png")
+    assert process.returncode == -signal.SIGKILL
+
+    page.get_by_label("log loss").click()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.yaxis.type === 'log'")
+    explorer.get_by_label("followed").click()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(t => t.visible === false)")
+    hidden = "document.querySelector('.js-plotly-plot').data.filter(t => t.visible === false).map(t => t.legendgroup)"
+    assert set(page.evaluate(hidden)) == {"followed"}
+    explorer.locator("select").first.select_option("tokens trained")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.xaxis4.title.text === 'tokens trained'")
+    page.get_by_role("tab", name="Texts").click()
+    page.get_by_text("trained, step 20").first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "explorer_texts.png")
+    for tab in ("By position", "Cost", "Experts"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        page.screenshot(path=SCREENSHOTS / f"explorer_{tab.replace(' ', '_').lower()}.png")
+    page.close()
+
+
+def test_the_saved_page_of_curves_opens_without_a_network(browser, trained):
+    from lmlib.analysis import figures
+
+    copy = trained.run_dir.parent / "page"
+    shutil.copytree(trained.run_dir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    figures.save_curves(copy)
+    page = browser.new_page()
+    page.context.set_offline(True)
+    page.goto((copy / "training_curves.html").as_uri())
+    page.wait_for_selector(".js-plotly-plot .trace", state="attached")
+    page.screenshot(path=SCREENSHOTS / "page.png")
+    shutil.rmtree(copy)
+    page.close()
+
+
+def test_hostile_texts_stay_text_in_every_display(browser, tmp_path):
+    """A corpus, prompts, names and records that are script: live, reopened, exported."""
+    assert jupyter.texts_that_ran(tmp_path, browser) == set()

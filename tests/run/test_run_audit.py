@@ -1,0 +1,296 @@
+"""The audit of a run: before its first step, in what it leaves behind, and of whatever is there afterwards."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import lmlib
+from lmlib.analysis import figures, frames, ranking
+from lmlib.audit.causality import pattern
+from lmlib.cli.parser import main
+from lmlib.generation.settings import Settings
+from lmlib.leaks import LEAKY, Leaky
+from lmlib.model import huggingface
+from lmlib.model.attention import LatentAttention
+from lmlib.notebook.playground import Playground
+from lmlib.run.run_audit import audit, scores_elsewhere
+from lmlib.run.start import open_store
+from lmlib.sweep.learning_rate import find_learning_rate
+
+
+def results(config):
+    return json.loads((config.run_dir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def leaky(outputs):
+    """Runs with one fault of the seed each, which were allowed to."""
+    made = {}
+    for name, fault in {"maskless": {"causal_mask": False}, "overlapping": {"split": "windows"}}.items():
+        made[name] = lmlib.RunConfig.load(
+            "params/smoke.yaml", output_dir=outputs, run_name=name, allow_leaks=True, total_steps=10, **fault
+        )
+        list(lmlib.train(made[name]))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before step 1
+
+
+def test_an_honest_run_passes_and_its_results_say_so(trained):
+    found = results(trained)["audit"]
+    assert found["passed"] is True and found["leaks"] == "" and found["allow_leaks"] is False
+    assert list(found["verdicts"]) == ["causality", "batch independence", "cache", "labels", "split", "evaluation"]
+    assert LEAKY not in results(trained) and LEAKY not in json.loads((trained.run_dir / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "fault, check", [({"causal_mask": False}, "causality: .*whole window"), ({"split": "windows"}, "split: 100.00%")]
+)
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_a_run_that_leaks_is_refused_and_leaves_nothing(smoke, fault, check, attention):
+    config = smoke(attention=attention, **fault)
+    with pytest.raises(Leaky, match=rf"(?s)nothing was trained.*{check}.*allow_leaks: true"):
+        list(lmlib.train(config))
+    assert not config.run_dir.exists()
+
+
+def test_a_fault_in_the_code_is_found_behind_layers_that_begin_as_nothing(smoke, monkeypatch):
+    """The attention's output matrix starts at zero, so the untrained model's logits show no leak at all."""
+    honest = LatentAttention.forward
+
+    def blurred(self, x, angles, mask=None, cache=None, layer=0):
+        y = honest(self, x, angles, mask, cache, layer)
+        return y + (y.mean(1, keepdim=True) if cache is None else 0)
+
+    monkeypatch.setattr(LatentAttention, "forward", blurred)
+    with pytest.raises(ValueError, match="This run leaks"):
+        list(lmlib.train(smoke()))
+
+
+def test_short_overlapping_windows_and_a_leaky_parent_are_refused_too(smoke, leaky):
+    with pytest.raises(Leaky, match="overlap in one text"):
+        list(lmlib.train(smoke(split="windows", sequence_length=8)))
+    parent = leaky["overlapping"].run_dir
+    with pytest.raises(Leaky, match=r"init_from: the model that it starts from leaks \(split\)"):
+        list(lmlib.train(smoke(init_from=str(parent))))
+    child = smoke(init_from=str(parent), allow_leaks=True, total_steps=2)
+    list(lmlib.train(child))
+    assert results(child)[LEAKY] == "init_from"
+
+
+def test_a_run_that_was_never_audited_is_audited_when_it_goes_on(smoke):
+    config = smoke(causal_mask=False, allow_leaks=True, total_steps=2)
+    list(lmlib.train(config))
+    environment = json.loads((config.run_dir / "environment.json").read_text())
+    del environment["audit"]
+    (config.run_dir / "environment.json").write_text(json.dumps(environment))
+    longer = lmlib.RunConfig(**{**config.to_dict(), "total_steps": 3})
+    list(lmlib.train(longer))
+    assert results(longer)[LEAKY] == "causality, cache"
+
+
+def test_a_range_test_refuses_what_leaks(smoke):
+    with pytest.raises(Leaky):
+        find_learning_rate(smoke(causal_mask=False), steps=3)
+
+
+def test_text_that_both_sides_share_is_said_and_does_not_stop_a_run(smoke, tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} " + "so say we all, " * 60}) + "\n" for n in range(40))
+    )
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": "so say we all, " * 60}) + "\n" for n in range(9)))
+    config = smoke(corpus=str(tmp_path / "train.jsonl"), validation_corpus=str(tmp_path / "other.jsonl"), total_steps=2)
+    list(lmlib.train(config))
+    found = results(config)["audit"]
+    assert found["passed"] is False and found["leaks"] == "" and found["verdicts"]["split"].startswith("FAIL")
+
+
+def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
+    audited, plain = smoke(total_steps=4), smoke(total_steps=4)
+    list(lmlib.train(audited))
+    monkeypatch.setattr("lmlib.training.before_training", lambda *given: {"leaks": "", "verdicts": {}})
+    list(lmlib.train(plain))
+    weights = [(c.run_dir / "checkpoints" / "checkpoint_step_4" / "model.safetensors").read_bytes() for c in (audited, plain)]
+    assert weights[0] == weights[1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a leaky run shows
+
+
+@pytest.mark.parametrize("name, leaks", [("maskless", "causality, cache"), ("overlapping", "split")])
+def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky, capsys):
+    config = leaky[name]
+    assert results(config)[LEAKY] == leaks and results(config)["audit"]["passed"] is False
+    assert json.loads((config.run_dir / "config.json").read_text())[LEAKY] == leaks
+    folder = config.run_dir / "checkpoints" / "checkpoint_step_10"
+    for file in ("config.json", "checkpoint.json"):
+        assert json.loads((folder / file).read_text())[LEAKY] == leaks
+    assert f"This model leaks ({leaks})" in (folder / "README.md").read_text()
+    assert "(LEAKY)" in (config.run_dir / "training_curves.html").read_text()
+
+    frame = frames.read_runs(config.run_dir)
+    assert set(frame["run"]) == {f"{name} (LEAKY)"}
+    assert "it LEAKS" in frames.results_table(frame)["state"].iloc[0] and "it LEAKS" in frames.headline(frame, f"{name} (LEAKY)")
+    for figure in (figures.training_curves(frame), figures.loss_by_position(frame)):
+        assert all("(LEAKY)" in trace.name for trace in figure.data)
+    record = next(r for r in map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "audit")
+    assert record["leaks"] == leaks
+
+    assert main(["generate", str(config.run_dir), "--mode", "batch", "--prompts", "ROMEO"]) == 0
+    assert f"This model LEAKS ({leaks})" in capsys.readouterr().err
+    assert [label for label, _ in Playground(config.run_dir, "ROMEO", Settings()).step.options][-1] == "step 10 (LEAKY)"
+
+
+def test_what_was_measured_of_overlapping_windows_is_not_called_held_out(leaky):
+    measured_on = results(leaky["overlapping"])["measured_on"]
+    assert measured_on["scores"].startswith("NOT held out") and measured_on["held_out_share_of_tokens"] == 0
+
+
+def test_a_leaky_model_is_loaded_as_it_was_trained_and_goes_on(leaky):
+    model, _ = lmlib.load(leaky["maskless"].run_dir)
+    assert model.config.causal_mask is False
+    ids = torch.arange(20)[None]
+    changed = torch.cat((ids[:, :-1], ids[:, :1]), dim=1)
+    assert not torch.equal(model(ids)[:, 0], model(changed)[:, 0])
+    longer = lmlib.RunConfig(**{**leaky["maskless"].to_dict(), "total_steps": 12})
+    assert list(lmlib.train(longer))[-1].kind == "done" and results(longer)[LEAKY] == "causality, cache"
+    again = lmlib.RunConfig.load(longer.run_dir / "config.json")
+    assert again.causal_mask is False and again.allow_leaks is True
+
+
+def test_leaky_runs_are_never_ranked_beside_honest_ones(leaky, trained):
+    table = ranking.ranking([leaky["maskless"].run_dir, trained.run_dir])
+    assert table["verdict"].tolist() == ["best", "leaks"] and table.index[-1] == "maskless (LEAKY)"
+    assert ranking.ranking([leaky["maskless"].run_dir])["verdict"].tolist() == ["leaks"]
+    assert "leaks" in ranking.difference([leaky["overlapping"].run_dir])
+
+
+def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
+    folders = []
+    for name in ("twinA", "twinB"):
+        config = lmlib.RunConfig.load(
+            "params/smoke.yaml",
+            output_dir=outputs,
+            run_name=name,
+            allow_leaks=True,
+            total_steps=2,
+            split="windows",
+            seed=len(folders),
+        )
+        list(lmlib.train(config))
+        folders.append(config.run_dir)
+    table = ranking.ranking([*folders, trained.run_dir])
+    assert dict(table["verdict"]) == {"trained": "best", "twin (LEAKY)": "leaks"}
+
+
+def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
+    store = open_store(leaky["overlapping"])
+    total = len(store.train) - store.config.sequence_length
+    held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
+    training = store.starts(torch.arange(store.window_count()).numpy())
+    assert sorted([*held_out, *training]) == list(range(total)) and len(held_out) == round(0.1 * total)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Afterwards
+
+
+def test_a_run_is_audited_whole_in_the_terminal_and_on_a_page(trained, capsys, tmp_path):
+    page = tmp_path / "audit.html"
+    assert main(["audit", str(trained.run_dir), "--page", str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["causality", "batch independence", "cache", "labels", "split", "tokenizer", "record", "sample"]
+    names += ["evaluation", "profile"]
+    assert [line[11 : line.index(":")] for line in lines[:-1]] == names and all(line.startswith("pass") for line in lines[:-1])
+    assert "measured again from its checkpoint" in lines[6] and lines[-1] == f"The page: {page}"
+    text = page.read_text()
+    assert "all 10 checks passed" in text and "Plotly.newPlot" in text
+
+
+def test_a_leaky_run_fails_its_audit(leaky, capsys):
+    assert main(["audit", str(leaky["overlapping"].run_dir), "--step", "5"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL       split: 100.00%" in shown and "at step 5 the run wrote" in shown
+    assert (leaky["overlapping"].run_dir / "audit.html").exists()
+
+
+def test_a_score_that_was_changed_by_hand_is_found(trained, tmp_path):
+    shutil.copytree(trained.run_dir, tmp_path / "changed")
+    shutil.copytree(trained.run_dir.parent / ".tokens", tmp_path / ".tokens")
+    file = tmp_path / "changed" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, **({"val_loss": 1.0} if "val_loss" in line else {})}) + "\n" for line in lines))
+    reports = {report.check: report for report in audit(tmp_path / "changed")}
+    assert reports["record"].passed is False and "wrote 1.000000 nats" in reports["record"].summary
+    file.write_text("".join(json.dumps({**line, **({"val_loss": None} if "val_loss" in line else {})}) + "\n" for line in lines))
+    report = next(report for report in audit(tmp_path / "changed") if report.check == "record")
+    assert report.passed is None and "no score of step 20" in report.summary
+
+
+def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path, capsys):
+    assert main(["audit", str(trained.run_dir / "checkpoints" / "checkpoint_step_5")]) == 0
+    config = transformers.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    capsys.readouterr()
+    assert main(["audit", str(tmp_path / "gpt2")]) == 0
+    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["pass"] * 4
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["no/such/folder/at/all"], "is no folder here"),
+        (["{run}", "--step", "7"], "has no checkpoint of step 7"),
+        (["{run}", "--page", "no/folder/audit.html"], "lie in a folder that exists"),
+        (["{run}", "--page", "audit.txt"], "must end in .html"),
+        (["{run}/checkpoints/checkpoint_step_5", "--step", "5"], "step=5 means nothing"),
+    ],
+)
+def test_what_cannot_be_audited_ends_in_a_sentence(given, message, trained, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["audit", *(word.format(run=trained.run_dir) for word in given)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_scores_elsewhere_are_of_text_that_the_other_run_held_out(leaky, trained):
+    rows = scores_elsewhere(leaky["overlapping"].run_dir, trained.run_dir)
+    assert [row["step"] for row in rows] == [5, 10] and all(row["val_loss"] > 3 for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# How leaks are described
+
+
+def matrix(T, leaks):
+    return torch.tensor([[s > t and leaks(t, s) for s in range(T)] for t in range(T)])
+
+
+@pytest.mark.parametrize(
+    "leaks, words",
+    [
+        (lambda t, s: True, "whole window"),
+        (lambda t, s: t // 16 == s // 16, "blocks of 16"),
+        (lambda t, s: t // 7 == s // 7, "blocks of 7"),
+        (lambda t, s: s == t + 1, "the next token (a mask off by one, a centred convolution)"),
+        (lambda t, s: s <= t + 3, "the next 3 tokens"),
+        (lambda t, s: s == 49, "wraps around: the beginning sees the end"),
+        (lambda t, s: t == 0, "wraps around: the beginning sees the end"),
+        (lambda t, s: (t, s) == (20, 30), "positions 20 to 20 see tokens 30 to 30"),
+        (lambda t, s: False, ""),
+    ],
+)
+def test_patterns_of_pairs_are_named(leaks, words):
+    assert pattern(matrix(50, leaks)) == words
+
+
+def test_a_card_quotes_what_a_corpus_is_called(smoke):
+    card = huggingface.model_card(smoke(corpus="a`b"), 3, 1.5, 2, "split")
+    assert "`a'b`" in card and "Loss 1.5000 nats a token (of step 2)" in card and "This model leaks (split)" in card
