@@ -120,7 +120,7 @@ def experiment(recipe: str, base: dict, deadline: float) -> dict:
         "steps_made": steps[-1].step,
         "steps_of_the_recipe": config.total_steps,
         "tokens_per_second": middle.tokens_per_second,
-        "share_of_measured_peak": middle.utilisation,
+        "share_of_measured_peak": middle.utilization,
         "memory_gb": steps[-1].timing.get("gpu_memory_gb"),
         "training_loss": [[record.step, record.loss] for record in steps[:: max(1, len(steps) // 50)]],
         "held_out": evals,

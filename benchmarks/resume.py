@@ -68,7 +68,7 @@ def main():
         def first_step(*batch):
             raise FirstStep
 
-        training.gradients = first_step
+        training.accumulate_gradients = first_step
         for _ in range(3):
             floor, whole = loading(config, folder), going_on(config)
             print(f"Verifying and loading weights and state: {floor:.2f} s. train() to its first step: {whole:.2f} s.")

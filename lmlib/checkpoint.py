@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmlib.config import RunConfig, recorded_key, run_key
 from lmlib.data.tokenizer import load_tokenizer
-from lmlib.files import _sync_folder, file_sha256, now, resolve_path, write_json
+from lmlib.files import file_sha256, resolve_path, sync_folder, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model import huggingface
 from lmlib.model.transformer import LanguageModel
@@ -115,18 +115,18 @@ def save_checkpoint(
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
         origin = {"run": run_key(config), "step": step}
         score = {"val_loss": val_loss, "val_loss_step": val_loss_step, **({LEAKY: leaks} if leaks else {})}
-        manifest = write_manifest(draft, {**origin, **score, "timestamp": now(), "scheduled": scheduled}, "checkpoint.json")
+        manifest = write_manifest(draft, {**origin, **score, "timestamp": utc_now(), "scheduled": scheduled}, "checkpoint.json")
         if leaks:  # in no manifest, so that people may add to it
             (draft / "README.md").write_text(huggingface.model_card(config, step, val_loss, val_loss_step, leaks), "utf-8")
         save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
         model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
         write_manifest(state_dir, {**origin, "model_sha256": model_sha256, **state}, "state.json")
         for folder in (state_dir, draft):
-            _sync_folder(folder)
+            sync_folder(folder)
         if final.exists():  # a damaged one that this run was resumed behind
             shutil.rmtree(final)
         draft.rename(final)
-        _sync_folder(parent)
+        sync_folder(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise huggingface.CheckpointError(

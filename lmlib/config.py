@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from lmlib.files import read_json, resolve_path
 from lmlib.leaks import LEAKY
-from lmlib.parameters import _coerce, _unknown, read_parameters
+from lmlib.parameters import coerce, read_parameters, unknown_name
 
 
 @dataclass(frozen=True, init=False)
@@ -95,9 +95,9 @@ class RunConfig:
         mistakes = []
         hints = get_type_hints(type(self))
         for name in parameters.keys() - hints.keys():
-            mistakes.append(_unknown(name, hints))
+            mistakes.append(unknown_name(name, hints))
         for field in fields(self):
-            value, problem = _coerce(field.name, parameters.get(field.name, field.default), hints[field.name])
+            value, problem = coerce(field.name, parameters.get(field.name, field.default), hints[field.name])
             object.__setattr__(self, field.name, value)
             if problem:
                 mistakes.append(problem)

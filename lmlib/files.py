@@ -21,7 +21,7 @@ def resolve_path(path: str | Path) -> Path:
     return path if path.is_absolute() or path.exists() else PROJECT_ROOT / path
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """`path` as a reader of a notebook or terminal wants it: from the project's root where it lies inside."""
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
@@ -51,11 +51,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def now() -> str:
+def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def read_file(file: Path) -> dict[str, Any]:
+def read_mapping(file: Path) -> dict[str, Any]:
     """A JSON file's mapping, empty where it cannot be read."""
     try:
         content = read_json(file)
@@ -69,7 +69,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path):
+def sync_folder(folder: Path):
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -78,7 +78,7 @@ def _sync_folder(folder: Path):
 
 
 @contextmanager
-def one_sentence(run_dir: Path) -> Iterator[None]:
+def os_errors_as_value_errors(run_dir: Path) -> Iterator[None]:
     """Turn the system's refusals (a full disk, a folder that may not be written) into a ValueError that says what to do."""
     try:
         yield

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lmlib.config import RunConfig
 
-FINAL_RATE = 0.1  # the cosine ends at this share of the peak
+FINAL_LR_FRACTION = 0.1  # the cosine ends at this share of the peak
 
 
 def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -18,10 +18,10 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
     if step <= warmup:
         return step / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: every singular value goes to between 0.7 and 1.2.
 
     Five steps of the quintic Newton-Schulz iteration, coefficients from Keller Jordan's "Muon" (2024).
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(matrix)
                 state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
                 update = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
-                update = orthogonalise(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
+                update = orthogonalize(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = max(1.0, matrix.shape[-2] / matrix.shape[-1]) ** 0.5
                 matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * scale)
@@ -86,7 +86,7 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Op
     return optimizers
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], share: float):
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], share: float):
     """Set every group's learning rate to `share` of its peak."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak_lr"] * share

@@ -68,12 +68,12 @@ def parse_overrides(pairs: list[tuple[str, str]], hints: dict[str, Any]) -> dict
     return check_plain(parameters, "-p")
 
 
-def _unknown(name: str, known: Any) -> str:
+def unknown_name(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"{name} is no parameter" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
-def _coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
+def coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
     """(value as `hint`, None), or (value, what is wrong with it). "3e-4" is a number; YAML reads it as text."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)

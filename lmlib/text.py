@@ -15,11 +15,11 @@ def printable(text: str) -> str:
     return "".join(f"\\x{ord(c):02x}" if acts(c) else c for c in text)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def normalised(text: str) -> str:
+def normalize(text: str) -> str:
     """A text without what does not count: case, spacing, Unicode's compatibility forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -18,21 +18,21 @@ from lmlib import checkpoint, evaluation, optim
 from lmlib.config import RunConfig, run_key
 from lmlib.data.tokenizer import token_bytes
 from lmlib.data.tokens import TokenStore
-from lmlib.files import one_sentence, read_json, write_json
+from lmlib.files import os_errors_as_value_errors, read_json, write_json
 from lmlib.generation.settings import Settings
-from lmlib.generation.text import finish, write
+from lmlib.generation.text import complete, generate_ids
 from lmlib.leaks import LEAKY
 from lmlib.model import huggingface
-from lmlib.model.moe import balance, expert_load, start_counting
+from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.device import numerics, pick_device, pick_dtype
 from lmlib.run.environment import record_environment
-from lmlib.run.lock import heartbeat, one_writer, stop_requests
+from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.preflight import before_training
 from lmlib.run.records import Metrics, Record
-from lmlib.run.start import build_model, continued, disk_needed, finished, open_store, parent_of, step_of
-from lmlib.run.throughput import Meter
+from lmlib.run.start import build_model, disk_needed, finished_results, merge_recorded, open_store, parent_of, step_of
+from lmlib.run.throughput import Throughput
 
 
 class NonFinite(ValueError):
@@ -56,14 +56,14 @@ def train(config: RunConfig) -> Iterator[Record]:
         NonFinite: see `on_nonfinite`.
         Stopped: the run was asked to stop, and is saved.
     """
-    config, device = continued(config), pick_device(config.device)
-    if (results := finished(config)) is not None:
+    config, device = merge_recorded(config), pick_device(config.device)
+    if (results := finished_results(config)) is not None:
         yield Record("done", config.total_steps, results, {})
         return
-    with one_sentence(config.run_dir), numerics(config, device):
+    with os_errors_as_value_errors(config.run_dir), numerics(config, device):
         parent, store = parent_of(config), open_store(config)
         config = replace(config, vocab_size=store.vocab_size, init_step=step_of(config, parent))
-        alone, alive = one_writer(config.run_dir), heartbeat(config.run_dir)
+        alone, alive = hold_lock(config.run_dir), heartbeat(config.run_dir)
         with alone, alive, stop_requests(config.run_dir) as stop_asked:
             yield from _loop(config, store, device, parent, stop_asked)
 
@@ -109,7 +109,7 @@ def _loop(
 
     metrics = Metrics(run_dir / "metrics.jsonl", state["metrics_size"])
     saver = checkpoint.Saver(background=device.type == "cuda")
-    meter = Meter(model, config.total_steps, config.batch_size * config.sequence_length, dtype, state["timing"])
+    meter = Throughput(model, config.total_steps, config.batch_size * config.sequence_length, dtype, state["timing"])
 
     def emit(kind: str, step: int, values: dict[str, Any], timing: dict[str, Any] | None = None) -> Record:
         record = Record(kind, step, values, {"seconds": round(meter.seconds(), 3), **(timing or {})})
@@ -118,14 +118,14 @@ def _loop(
 
     def evaluate(step: int) -> Iterator[Record]:
         nonlocal scores, scored
-        losses, right = evaluation.score_windows(model, windows, micro, dtype)
-        scores, scored = evaluation.summarise(losses, right, windows[:, 1:], sizes), step
+        losses, correct = evaluation.score_windows(model, windows, micro, dtype)
+        scores, scored = evaluation.summarize(losses, correct, windows[:, 1:], sizes), step
         if not math.isfinite(scores["val_perplexity"]):
             raise NonFinite(f"The held-out loss of step {step} is {scores['val_loss']}: the run has diverged.")
         yield emit("eval", step, {**scores, **({LEAKY: leaks} if leaks else {})})
         yield emit("sample", step, sample(model, store.tokenizer, windows))
         if step == config.total_steps:
-            yield emit("profile", step, evaluation.profile(losses, right))
+            yield emit("profile", step, evaluation.scores_by_position(losses, correct))
 
     def save(step: int, scheduled: bool):
         saver.save(
@@ -158,13 +158,13 @@ def _loop(
 
         for step in range(begin + 1, config.total_steps + 1):
             share = optim.schedule(step, config.total_steps, config.warmup_ratio)
-            optim.set_rate(optimizers, share)
+            optim.set_learning_rates(optimizers, share)
             saver.check()
 
             meter.start_update()
             while True:
                 try:
-                    loss = gradients(model, *store.batch(step), micro, config.seed, step, dtype)
+                    loss = accumulate_gradients(model, *store.batch(step), micro, config.seed, step, dtype)
                     break
                 except torch.cuda.OutOfMemoryError:
                     if micro == 1:
@@ -172,16 +172,16 @@ def _loop(
                     micro = math.ceil(micro / 2)
                 torch.cuda.empty_cache()
                 yield emit("out_of_memory", step, {"micro_batch_size": micro})
-            norm = clip(model, config.grad_clip)
+            norm = clip_gradients(model, config.grad_clip)
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             if is_finite:
                 for optimizer in optimizers:
                     optimizer.step()
-                balance(model)
+                update_router_bias(model)
             meter.end_update()
 
             if not is_finite:
-                drawn = store.drawn(step).tolist()
+                drawn = store.window_indices(step).tolist()
                 yield emit("nonfinite", step, {"loss": str(loss), "grad_norm": str(norm), "windows": drawn})
                 if config.on_nonfinite == "stop":
                     raise NonFinite(
@@ -236,12 +236,14 @@ def _loop(
             metrics.close()
 
 
-def gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int, step: int, dtype: torch.dtype) -> float:
+def accumulate_gradients(
+    model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int, step: int, dtype: torch.dtype
+) -> float:
     """Put the gradient of a batch's mean loss into the parameters, `micro` windows at a time; returns the loss."""
     device = next(model.parameters()).device
     model.train()
     model.zero_grad(set_to_none=True)
-    start_counting(model)
+    reset_router_load(model)
     loss = 0.0
     for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -257,7 +259,7 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def clip(model: LanguageModel, limit: float) -> float:
+def clip_gradients(model: LanguageModel, limit: float) -> float:
     """Scale the gradient down to norm `limit` (0: leave it); returns its norm before."""
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
 
@@ -281,7 +283,7 @@ def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, l
     new = min(SAMPLE_TOKENS, windows.shape[1] - prompt)
     model.eval()
     ids = windows[:PROMPTS, :prompt].tolist()
-    texts = finish(write(model, tokenizer, ids, Settings(new, temperature=0)))
+    texts = complete(generate_ids(model, tokenizer, ids, Settings(new, temperature=0)))
     return {"prompts": [tokenizer.decode(row) for row in ids], "texts": [text.text for text in texts]}
 
 

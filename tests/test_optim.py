@@ -14,7 +14,7 @@ from lmlib.model.transformer import LanguageModel
 def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    levelled = u.T @ optim.orthogonalise(matrix, torch.float64) @ vt.T  # diagonal if the vectors are kept
+    levelled = u.T @ optim.orthogonalize(matrix, torch.float64) @ vt.T  # diagonal if the vectors are kept
     values = levelled.diagonal()
     assert torch.allclose(levelled, values.diag(), atol=1e-8)
     assert values.min() > 0.3 and values.max() < 1.3
@@ -28,7 +28,7 @@ def test_muon_takes_nesterov_steps_written_out_by_hand():
     for _ in range(3):
         weight.grad = torch.randn(6, 3, generator=generator)
         momentum = 0.95 * momentum + 0.05 * weight.grad
-        update = optim.orthogonalise(0.05 * weight.grad + 0.95 * momentum, torch.float32)
+        update = optim.orthogonalize(0.05 * weight.grad + 0.95 * momentum, torch.float32)
         expected = expected * (1 - 0.1 * 0.01) - 0.1 * math.sqrt(2) * update
         optimizer.step()
         assert torch.allclose(weight, expected, atol=1e-6)

@@ -17,7 +17,7 @@ import lmlib
 from lmlib import checkpoint, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
-from lmlib.run.lock import one_writer
+from lmlib.run.lock import hold_lock
 from lmlib.run.start import build_model, greeting, parent_of
 
 
@@ -60,7 +60,7 @@ def test_the_load_of_experts_is_a_record_of_the_whole_batch(smoke):
     assert [r.expert_load for r in lmlib.train(whole) if r.kind == "step"][:2] == [r.expert_load for r in steps][:2]
     model, _ = lmlib.load(config.run_dir)
     for router in moe.routers(model):
-        moved = router.e_score_correction_bias / moe.BIAS_RATE
+        moved = router.e_score_correction_bias / moe.BIAS_UPDATE_SPEED
         assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() <= 6
     with pytest.raises(ValueError, match="num_experts_per_tok is 5; it must be at least 2"):
         smoke(feed_forward="moe", num_experts_per_tok=5)
@@ -131,7 +131,7 @@ def test_micro_batches_add_up_to_the_batch(smoke):
     ids = torch.randint(0, 512, (8, 17), generator=torch.Generator().manual_seed(0))
     grads = []
     for micro in (8, 3, 1):
-        loss = training.gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
+        loss = training.accumulate_gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
         grads.append((loss, [p.grad.clone() for p in model.parameters()]))
     for loss, parameters in grads[1:]:
         assert loss == pytest.approx(grads[0][0], rel=1e-12)
@@ -146,14 +146,14 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(smoke):
     ids = torch.randint(0, 512, (4, 17), generator=torch.Generator().manual_seed(0))
     x, y = ids[:, :-1], ids[:, 1:]
     state = torch.random.get_rng_state()
-    loss = training.gradients(model, x, y, 2, 0, 1, torch.float32)
+    loss = training.accumulate_gradients(model, x, y, 2, 0, 1, torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(1)
-    assert training.gradients(model, x, y, 2, 0, 1, torch.float32) == loss
-    assert training.gradients(model, x, y, 2, 0, 2, torch.float32) != loss
-    assert training.gradients(model, x, y, 2, 1, 1, torch.float32) != loss
-    halves = training.gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
-    assert halves != training.gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
+    assert training.accumulate_gradients(model, x, y, 2, 0, 1, torch.float32) == loss
+    assert training.accumulate_gradients(model, x, y, 2, 0, 2, torch.float32) != loss
+    assert training.accumulate_gradients(model, x, y, 2, 1, 1, torch.float32) != loss
+    halves = training.accumulate_gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
+    assert halves != training.accumulate_gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
 
 
 def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
@@ -230,7 +230,7 @@ def test_what_plain_attention_does_not_use_may_differ_on_going_on(smoke):
 
 
 def test_a_leap_of_the_loss_is_a_record(smoke, monkeypatch):
-    real = training.gradients
+    real = training.accumulate_gradients
     monkeypatch.setattr(training, "gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0))
     records = list(lmlib.train(smoke(total_steps=35)))
     assert [(r.step, r.usual_loss < r.loss - 2) for r in records if r.kind == "spike"] == [(33, True)]
@@ -245,7 +245,7 @@ def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(smoke, trained, te
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
-    real = training.gradients
+    real = training.accumulate_gradients
 
     def poisoned(model, ids, targets, micro, seed, step, dtype):
         loss = real(model, ids, targets, micro, seed, step, dtype)
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
 
 
 def test_running_out_of_gpu_memory_halves_the_micro_batch_and_goes_on(smoke, monkeypatch):
-    real, sizes = training.gradients, []
+    real, sizes = training.accumulate_gradients, []
 
     def small(model, ids, targets, micro, seed, step, dtype):
         sizes.append(micro)
@@ -293,7 +293,7 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(smoke):
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"is being written by process {os.getpid()}" in second.stderr
     run.close()
-    with one_writer(config.run_dir):
+    with hold_lock(config.run_dir):
         pass
 
 

@@ -35,8 +35,8 @@ def picture(reports: list[Report]) -> go.Figure:
             x=[*positions, len(values)] if values else [],
             y=[*means, *values[-1:]],
             mode="lines+markers",
-            line={"color": figures.COLOURS[0], "width": 1.5},
-            marker={"size": 4, "color": figures.COLOURS[0]},
+            line={"color": figures.COLORS[0], "width": 1.5},
+            marker={"size": 4, "color": figures.COLORS[0]},
             name=key,
             showlegend=False,
             row=1,
@@ -60,10 +60,10 @@ def scores(series: dict[str, Any]) -> go.Figure:
                 x=rows["step"].tolist(),
                 y=rows[column].tolist(),
                 mode="lines+markers",
-                line={"color": figures.colour(number), "width": 2, "dash": figures.dash(number)},
+                line={"color": figures.color_of(number), "width": 2, "dash": figures.dash_of(number)},
                 marker={
                     "size": 5,
-                    "color": figures.colour(number),
+                    "color": figures.color_of(number),
                     "symbol": ["circle", "square", "diamond", "triangle-up"][number % 4],
                 },
                 name=html.escape(name),
@@ -86,7 +86,7 @@ def table(reports: list[Report], source: str | Path) -> str:
     """An audit's verdicts as a table in HTML."""
     cell = "<td style='padding: 2px 12px; vertical-align: top'>"
     rows = "".join(
-        f"<tr style='color: {figures.COLOURS[1] if report.passed is False else render.GREY}'>{cell}<b>{report.verdict}</b></td>"
+        f"<tr style='color: {figures.COLORS[1] if report.passed is False else render.GREY}'>{cell}<b>{report.verdict}</b></td>"
         f"{cell}{report.check}</td>{cell}{html.escape(printable(report.summary))}</td></tr>"
         for report in reports
     )

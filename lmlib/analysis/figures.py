@@ -13,8 +13,8 @@ from lmlib.analysis import frames, render
 from lmlib.files import resolve_path
 from lmlib.leaks import LEAKY_NAME
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, on white and on black; beyond the seventh run dashes help.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
+# Okabe and Ito's colors, which color-blind readers can tell apart, on white and on black; beyond the seventh run dashes help.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]
 
 
 DASHES = ["solid", "dash", "dot", "dashdot"]
@@ -38,7 +38,7 @@ PANELS = [
 
 
 def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, log_x: bool = False) -> go.Figure:
-    """Six panels over steps, tokens, minutes or flops (`x`), a colour a run.
+    """Six panels over steps, tokens, minutes or flops (`x`), a color a run.
 
     The raw training loss stands faint under the one smoothed over `smoothing` records (None: a fifteenth of the run);
     diamonds are checkpoints, triangles are resumes. A button turns the loss's axis from linear to logarithmic.
@@ -49,13 +49,13 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
         folder, mark = frame.attrs.get("runs", {}).get(run), LEAKY_NAME if run.endswith(LEAKY_NAME) else ""
         for place, lines in enumerate(panel_lines(frame[frame["run"] == run], x, smoothing, folder)):
             for line in lines:
-                # one run alone has a colour for held-out and one for training text
-                color = colour(number if len(runs) > 1 else int(line["name"].startswith("training")))
+                # one run alone has a color for held-out and one for training text
+                color = color_of(number if len(runs) > 1 else int(line["name"].startswith("training")))
                 figure.add_scatter(
                     x=[value if value > 0 else None for value in line["x"]] if log_x else line["x"],  # no logarithm of step 0
                     y=line["y"],
                     mode=line["mode"],
-                    line={"color": color, "width": 2 if line["bold"] else 1, "dash": dash(number)},
+                    line={"color": color, "width": 2 if line["bold"] else 1, "dash": dash_of(number)},
                     marker={
                         "size": 9 if line["symbol"] else 5,
                         "symbol": line["symbol"],
@@ -141,22 +141,22 @@ def _at(rows: pd.DataFrame, steps: list[int], column: str) -> list[float]:
 
 
 def names_of(frame: pd.DataFrame) -> list[str]:
-    """The runs of a frame in the order in which they were asked for, which decides their colours in every figure."""
+    """The runs of a frame in the order in which they were asked for, which decides their colors in every figure."""
     return list(frame.attrs.get("runs") or frame["run"].unique())
 
 
-def colour(number: int) -> str:
+def color_of(number: int) -> str:
     """Of the run or model with this number, in every figure."""
-    return COLOURS[number % len(COLOURS)]
+    return COLORS[number % len(COLORS)]
 
 
-def dash(number: int) -> str:
-    return DASHES[number // len(COLOURS) % len(DASHES)]
+def dash_of(number: int) -> str:
+    return DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def symbols(number: int) -> list[str]:
-    """Filled and open, of one shape a round of the colours."""
-    shape = ["circle", "square", "diamond", "triangle-up"][number // len(COLOURS) % 4]
+    """Filled and open, of one shape a round of the colors."""
+    shape = ["circle", "square", "diamond", "triangle-up"][number // len(COLORS) % 4]
     return [shape, f"{shape}-open"]
 
 
@@ -190,8 +190,8 @@ def loss_by_position(frame: pd.DataFrame) -> go.Figure:
                 x=positions,
                 y=means,
                 mode="lines+markers",
-                marker={"size": 4, "color": colour(number)},
-                line={"color": colour(number), "dash": dash(number), "width": 1.5},
+                marker={"size": 4, "color": color_of(number)},
+                line={"color": color_of(number), "dash": dash_of(number), "width": 1.5},
                 name=html.escape(run),
                 legendgroup=run,
                 showlegend=place == 0,
@@ -222,7 +222,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
                 x=shown,
                 y=[row.get("held-out loss")] * len(shown),
                 mode="markers",
-                marker={"color": colour(number), "size": 11, "symbol": symbols(number)[: len(shown)]},
+                marker={"color": color_of(number), "size": 11, "symbol": symbols(number)[: len(shown)]},
                 name=html.escape(str(name)),
                 legendgroup=str(name),
                 showlegend=place == 0,
@@ -277,9 +277,9 @@ def learning_rates(found: Any) -> go.Figure:
     name, figure = "muon_learning_rate" if found.config.optimizer == "muon" else "learning_rate", go.Figure()
     peak = getattr(found.config, name)
     figure.add_scatter(
-        x=[peak * f for f in found.factors], y=found.losses, mode="lines", line={"color": COLOURS[0]}, name="loss, smoothed"
+        x=[peak * f for f in found.factors], y=found.losses, mode="lines", line={"color": COLORS[0]}, name="loss, smoothed"
     )
-    marks = {"suggestion": (found.factor, "diamond-open", COLOURS[1]), "the recipe's": (1.0, "triangle-up", COLOURS[2])}
+    marks = {"suggestion": (found.factor, "diamond-open", COLORS[1]), "the recipe's": (1.0, "triangle-up", COLORS[2])}
     for label, (factor, symbol, color) in marks.items():
         inside = factor is not None and found.factors and found.factors[0] <= factor <= found.factors[-1]
         figure.add_scatter(

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from lmlib.config import RunConfig, unused
-from lmlib.files import read_file, resolve_path
+from lmlib.files import read_mapping, resolve_path
 from lmlib.leaks import LEAKY, LEAKY_NAME, known_leaks
-from lmlib.run.lock import life
-from lmlib.run.records import parsed
-from lmlib.text import clock, printable
+from lmlib.run.lock import run_status
+from lmlib.run.records import parse_record
+from lmlib.text import format_duration, printable
 
 TEXTS = {"run", "kind", "path", "prompts", "texts", "expert_load", "windows", "model_name", "notes", "verdicts", "leaks", LEAKY}
 
@@ -52,7 +52,7 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         frame["tokens"] = frame["step"] * _tokens_a_step(folder)
         frame["flops"] = frame["tokens"] * pd.to_numeric(_size(folder).get("flops_per_token"), errors="coerce")
         frames.append(frame)
-        notes[run] = _oddities(folder, frame, torn)
+        notes[run] = run_notes(folder, frame, torn)
     whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["run", "kind", "step", *AXES])
     whole.attrs = {"notes": notes, "runs": {run: str(folder) for run, folder in folders.items()}}
     return whole
@@ -102,7 +102,7 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
         if collects:
             gc.enable()
     if len(found) != len(lines):
-        found = [parsed(line) for line in lines]
+        found = [parse_record(line) for line in lines]
     records = [record for record in found if _is_record(record)]
     flat = [{**t, **r} if isinstance(t := r.pop("timing", None), dict) else r for r in records]
     return flat, len(lines) - len(records)
@@ -115,7 +115,7 @@ def _is_record(found: Any) -> bool:
 
 
 def _tokens_a_step(folder: Path) -> float:
-    config = read_file(folder / "config.json")
+    config = read_mapping(folder / "config.json")
     try:
         return float(config["batch_size"] * config["sequence_length"])
     except (KeyError, TypeError, ValueError):
@@ -124,21 +124,21 @@ def _tokens_a_step(folder: Path) -> float:
 
 def _size(folder: Path) -> dict[str, Any]:
     """The model's counts of parameters and operations; runs of earlier versions have none."""
-    model = read_file(folder / "environment.json").get("model")
+    model = read_mapping(folder / "environment.json").get("model")
     return model if isinstance(model, dict) else {}
 
 
-def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
+def run_notes(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
     leaks = known_leaks(folder)
     notes = [f"it LEAKS ({printable(leaks)})"] if leaks else []
-    audited = read_file(folder / "environment.json").get("audit")
+    audited = read_mapping(folder / "environment.json").get("audit")
     verdicts = audited.get("verdicts") if isinstance(audited, dict) else None
     if not leaks and isinstance(verdicts, dict) and str(verdicts.get("split")).startswith("FAIL"):
         notes.append("held-out text stands in its training text (see the audit)")
     notes += [] if len(frame) else ["no record yet"]
     if torn:
         notes.append(f"{torn} line{'s' if torn > 1 else ''} of metrics.jsonl cannot be read")
-    if not read_file(folder / "config.json"):
+    if not read_mapping(folder / "config.json"):
         notes.append("config.json is missing or cannot be read")
     measured = frame[frame["kind"].isin(["step", "eval"])]
     known = [
@@ -154,19 +154,19 @@ def _oddities(folder: Path, frame: pd.DataFrame, torn: int) -> list[str]:
 def headline(frame: pd.DataFrame, run: str) -> str:
     """Where a run stands, in a line of plain text: its state, step, losses, speed, and the time it may still take."""
     folder, of_run = Path(frame.attrs["runs"][run]), frame[frame["run"] == run]
-    status = life(folder) if folder.is_dir() else "its folder is gone"
-    total = read_file(folder / "config.json").get("total_steps")
+    status = run_status(folder) if folder.is_dir() else "its folder is gone"
+    total = read_mapping(folder / "config.json").get("total_steps")
     parts = [status, f"step {int(of_run['step'].max())}" + (f" of {total}" if total else "")] if len(of_run) else [status]
     last = {kind: rows.iloc[-1] for kind, rows in of_run.groupby("kind")}
     if "step" in last and "loss" in of_run:
         parts.append(f"loss {last['step']['loss']:.4f}")
     if "eval" in last and "val_loss" in of_run:
         parts.append(f"held-out {last['eval']['val_loss']:.4f}")
-    if "step" in last and {"tokens_per_second", "utilisation", "seconds_left"} <= set(of_run):
+    if "step" in last and {"tokens_per_second", "utilization", "seconds_left"} <= set(of_run):
         now = last["step"]
-        parts.append(f"{now['tokens_per_second']:,.0f} tokens/s, {now['utilisation']:.0%} of peak")
+        parts.append(f"{now['tokens_per_second']:,.0f} tokens/s, {now['utilization']:.0%} of peak")
         if status == "running" and now["seconds_left"] == now["seconds_left"]:
-            parts.append(f"{clock(now['seconds_left'])} left")
+            parts.append(f"{format_duration(now['seconds_left'])} left")
     return " | ".join([*parts, *frame.attrs["notes"].get(run, [])])
 
 
@@ -215,7 +215,7 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
             "active": model.get("active_parameter_count"),
             "minutes": of_run["minutes"].max(),
             "FLOPs": of_run["flops"].max(),
-            "state": "; ".join([life(Path(folder)), *frame.attrs["notes"][run]]),
+            "state": "; ".join([run_status(Path(folder)), *frame.attrs["notes"][run]]),
         }
         rows[run] = row
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["steps", *SCORES, *COSTS, "state"])
@@ -240,7 +240,7 @@ def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = Tr
 
 def whole_config(folder: Path) -> dict[str, Any]:
     """A run's parameters: those that came after it was made at their defaults, "-" for those that its model ignores."""
-    config = read_file(folder / "config.json")
+    config = read_mapping(folder / "config.json")
     config = {**RunConfig().to_dict(), **config} if config else {}
     ignored = unused(str(config.get("attention")), str(config.get("feed_forward")))
     config |= dict.fromkeys(ignored & config.keys(), "-")
@@ -249,7 +249,7 @@ def whole_config(folder: Path) -> dict[str, Any]:
 
 def resumes(run_dir: str | Path) -> list[int]:
     """The steps at which a run was started again."""
-    sessions = read_file(Path(run_dir) / "environment.json").get("sessions")
+    sessions = read_mapping(Path(run_dir) / "environment.json").get("sessions")
     sessions = sessions if isinstance(sessions, list) else []
     steps = [session.get("from_step") for session in sessions if isinstance(session, dict)]
     return sorted({step for step in steps[1:] if isinstance(step, int) and step > 0})

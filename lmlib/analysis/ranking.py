@@ -14,9 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import figures, frames
-from lmlib.files import read_file
+from lmlib.files import read_mapping
 from lmlib.leaks import LEAKY_NAME
-from lmlib.run.lock import life
+from lmlib.run.lock import run_status
 
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
 
@@ -57,7 +57,7 @@ def _labels(kinds: dict[str, str]) -> dict[str, str]:
 
 def _judged_on(folder: Path, config: dict[str, Any]) -> str:
     """What decides the held-out windows: their tokens, length and number. Losses on others cannot be compared."""
-    prints = read_file(folder / "environment.json").get("fingerprints")
+    prints = read_mapping(folder / "environment.json").get("fingerprints")
     prints = prints if isinstance(prints, dict) else {}
     files = [prints.get(name) for name in ("validation.bin", "tokenizer.json")]
     return json.dumps([*files, config.get("sequence_length"), config.get("validation_windows")])
@@ -65,7 +65,7 @@ def _judged_on(folder: Path, config: dict[str, Any]) -> str:
 
 def states(run_dirs: Iterable[str | Path]) -> str:
     """How many runs are in which state; those that are not finished, by name."""
-    states = {run: life(folder) for run, folder in frames.named_folders(run_dirs).items()}
+    states = {run: run_status(folder) for run, folder in frames.named_folders(run_dirs).items()}
     counts = [f"{list(states.values()).count(state)} {state}" for state in sorted(set(states.values()))]
     others = [f"{run}: {state}" for run, state in states.items() if state != "finished"]
     return "\n".join([f"{len(states)} runs: {', '.join(counts) or 'none'}", *others])
@@ -157,7 +157,7 @@ def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
     figure = go.Figure()
     for number, model in reversed(list(enumerate(order))):
         values = done[done["model"] == model]["held-out loss"].tolist()
-        color, name = figures.colour(number), html.escape(model)
+        color, name = figures.color_of(number), html.escape(model)
         dots = {"color": color, "size": 9, "symbol": figures.symbols(number)[0]}
         figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker=dots, name=name)
         bar = {"color": color, "size": 20, "symbol": "line-ns-open"}
@@ -175,13 +175,13 @@ def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
     figure = go.Figure()
     for number, model in enumerate(_ranked(done).index):
         steps = evals[evals["model"] == model].groupby("step")
-        color = figures.colour(number)
+        color = figures.color_of(number)
         figure.add_scatter(
             x=steps[x].mean().tolist(),
             y=steps["val_loss"].mean().tolist(),
             error_y={"array": steps["val_loss"].std().fillna(0).tolist(), "thickness": 1, "width": 0},
             mode="lines+markers",
-            line={"color": color, "dash": figures.dash(number), "width": 2},
+            line={"color": color, "dash": figures.dash_of(number), "width": 2},
             marker={"size": 5, "color": color},
             name=html.escape(model),
         )

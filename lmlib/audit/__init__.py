@@ -6,7 +6,7 @@ from lmlib.audit.causality import check_causality
 from lmlib.audit.invariance import check_batch_independence, check_cache
 from lmlib.audit.labels import check_labels
 from lmlib.audit.report import Leak, Report
-from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is_noise, resting_on_shared
+from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is_noise, loss_by_overlap
 from lmlib.audit.split import check_split, check_tokenizer, check_windows
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "check_tokenizer",
     "check_windows",
     "is_noise",
-    "resting_on_shared",
+    "loss_by_overlap",
 ]
 
 

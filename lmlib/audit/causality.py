@@ -40,7 +40,7 @@ def check_causality(
         ValueError: the model cannot be called; the sentence says what is needed.
     """
     probe = Probe(model, vocab_size, sequence_length, arguments)
-    doubts, tried, refused = [], set(), {}
+    suspects, tried, refused = [], set(), {}
     for trial in _trials(probe, 0.0 if quick else WORK):
         if trial.length in refused:
             continue
@@ -53,8 +53,8 @@ def check_causality(
             continue
         tried.add(trial.length)
         if seen > TOLERANCE:
-            doubts.append(trial)
-    proven = _proven(doubts, probe)
+            suspects.append(trial)
+    proven = confirm_in_float64(suspects, probe)
     smooth = None if quick else _gradients(probe, min(probe.sequence_length, 48))
     known = {"lengths": sorted(tried), "longest": probe.sequence_length, "refused": refused, "gradients": smooth is not None}
     if not proven and not (smooth is not None and bool((smooth > TOLERANCE).triu(1).any())):
@@ -148,11 +148,11 @@ def _trials(probe: Probe, work: float) -> Iterator[_Trial]:
             yield trial
 
 
-def _proven(doubts: list[_Trial], probe: Probe) -> list[_Trial]:
+def confirm_in_float64(suspects: list[_Trial], probe: Probe) -> list[_Trial]:
     """The trials whose leak remains in float64: tried one by one, or, where many leak and a few of them prove true, all."""
-    if not doubts:
+    if not suspects:
         return []
-    double = probe.in_double()
+    double = probe.in_float64()
 
     def remains(trial: _Trial) -> bool:
         """Whether it shows at one cut in a pass of its own too: the rows of one batch may differ by chance alone."""
@@ -163,10 +163,10 @@ def _proven(doubts: list[_Trial], probe: Probe) -> list[_Trial]:
         except Exception:  # in float64 it does not run so
             return True
 
-    few = doubts[:: -(-len(doubts) // 8)]
+    few = suspects[:: -(-len(suspects) // 8)]
     if all(remains(trial) for trial in few):
-        return doubts
-    return [trial for trial in doubts if remains(trial)]
+        return suspects
+    return [trial for trial in suspects if remains(trial)]
 
 
 def _gradients(probe: Probe, length: int) -> Tensor | None:

@@ -23,16 +23,16 @@ def check_batch_independence(
     """
     probe = Probe(model, vocab_size, sequence_length, arguments)
     lengths = sorted({probe.sequence_length, min(probe.sequence_length, 33), min(probe.sequence_length, 8)}, reverse=True)
-    doubts = {}
+    suspects = {}
     for repeat in range(1 if quick else REPEATS):
         for mode in ("evaluation", "training"):
             for length in lengths[:1] if repeat or quick else [n for n in lengths if not probe.runs(n)]:
                 trial = (length, mode, 300 + repeat, 9 if length <= 33 and not quick else 4)
                 if float(_rows_moved(probe, *trial).max()) > TOLERANCE:
-                    doubts[trial] = None
-    double = probe.in_double() if doubts else None
+                    suspects[trial] = None
+    double = probe.in_float64() if suspects else None
     leaks = []
-    for length, mode, seed, count in doubts:
+    for length, mode, seed, count in suspects:
         moved = _rows_moved(double or probe, length, mode, seed, count)
         rows = zip(*(moved > TOLERANCE).nonzero(as_tuple=True), strict=True)
         leaks += [Leak(int(a), int(b), float(moved[a, b]), length, mode) for a, b in rows]
@@ -81,7 +81,7 @@ def check_cache(
             failed[name] = " ".join(str(error).split())[:100]
             continue
         if float(moved.max()) > TOLERANCE:
-            double = double or probe.in_double()
+            double = double or probe.in_float64()
             moved = _decoded(double, length, pieces) if double else moved
             if float(moved.max()) > TOLERANCE and name == "in pieces" and not wrong:  # few know it, and no text is written so
                 failed[name] = "its logits differ"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lmlib.audit.probe import Probe, same_chance
+from lmlib.audit.probe import Probe, fixed_rng
 from lmlib.audit.report import Report
 
 
@@ -39,7 +39,7 @@ def check_labels(
     inputs, targets = inputs.to(probe.device), targets.to(probe.device)
     with torch.no_grad():
         logits = probe(inputs)
-        with same_chance(probe.device, 0):
+        with fixed_rng(probe.device, 0):
             value = float(loss(probe.model, inputs, targets))
     known, shifts = targets != -100, range(min(4, targets.shape[1]))
     in_data = next((k for k in shifts if _agree(inputs, targets, known, k)), None)

@@ -72,7 +72,7 @@ class Probe:
         self.model.train(training)
         homes = [(m._buffers, name) for m in self.model.modules() for name, buffer in m._buffers.items() if buffer is not None]
         before = [home[name].clone() for home, name in homes] if training else []
-        with same_chance(self.device, seed):
+        with fixed_rng(self.device, seed):
             logits = _logits(self.forward(ids, use_cache=cached), ids.shape, self)
         for (home, name), value in zip(homes, before, strict=False):  # running statistics: each call begins as the first did
             home[name] = value
@@ -87,7 +87,7 @@ class Probe:
             given["use_cache"] = use_cache
         return self.model(ids, **(given | more))
 
-    def in_double(self) -> "Probe | None":
+    def in_float64(self) -> "Probe | None":
         """The same model in float64, where rounding cannot pass for a leak; None if it does not compute in it."""
         try:
             probe = Probe(*self.made_of, dtype=torch.float64)
@@ -202,7 +202,7 @@ class Probe:
 
 
 @contextmanager
-def same_chance(device: torch.device, seed: int):
+def fixed_rng(device: torch.device, seed: int):
     """Chance (torch's, numpy's, Python's) from a seed, and as it was before when done."""
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmlib.audit.probe import same_chance
+from lmlib.audit.probe import fixed_rng
 from lmlib.audit.report import Report
 
 
@@ -28,7 +28,7 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
 
     def measured(training: bool, rows: Tensor, seed: int) -> float:
         model.train(training)
-        with same_chance(device, seed), torch.no_grad():
+        with fixed_rng(device, seed), torch.no_grad():
             return float(evaluate(model, rows))
 
     try:
@@ -111,7 +111,7 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
     return Report("profile", True, words, [], "", numbers)
 
 
-def resting_on_shared(losses: Tensor, shared: Tensor) -> dict[str, float]:
+def loss_by_overlap(losses: Tensor, shared: Tensor) -> dict[str, float]:
     """How much a held-out loss rests on text that training has too: `all`, `new` and `shared` mean losses in nats, and the
     `share` of shared tokens, from the losses of each token (W, T) and whether it is shared (W, T)."""
     new = losses[~shared]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmlib.audit.report import Report
-from lmlib.text import normalised
+from lmlib.text import normalize
 
 NGRAM = 13  # words or tokens in a row that two texts do not share by chance (GPT-3, arXiv:2005.14165, appendix C)
 
@@ -30,9 +30,9 @@ def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM
     training, held_out = list(training), list(held_out)
     if not training or not held_out:
         raise ValueError("check_split needs documents on both sides.")
-    exact, seen = set(training), {normalised(text) for text in training}
+    exact, seen = set(training), {normalize(text) for text in training}
     copies = [number for number, text in enumerate(held_out) if text in exact]
-    same = [number for number, text in enumerate(held_out) if text not in exact and normalised(text) in seen]
+    same = [number for number, text in enumerate(held_out) if text not in exact and normalize(text) in seen]
     vocabulary: dict[str, int] = {}
     words = [_words(text, vocabulary) for text in held_out]
     left, right = (_joined(side) for side in ((_words(text, vocabulary) for text in training), words))
@@ -138,7 +138,7 @@ def _whole(tokens: np.ndarray, n: int) -> np.ndarray:
 
 def _words(text: str, vocabulary: dict[str, int]) -> np.ndarray:
     """The numbers of a text's words, punctuation and case left out."""
-    words = re.findall(r"\w+", normalised(text))
+    words = re.findall(r"\w+", normalize(text))
     return np.array([vocabulary.setdefault(word, len(vocabulary)) for word in words], dtype=np.int64)
 
 

@@ -14,7 +14,7 @@ from lmlib import checkpoint
 from lmlib.cli import look
 from lmlib.files import resolve_path
 from lmlib.generation.settings import Settings
-from lmlib.generation.text import ROWS, check_top_k, encode, finish, summary, write
+from lmlib.generation.text import ROWS, check_top_k, complete, describe_continuation, encode, generate_ids
 from lmlib.leaks import known_leaks
 from lmlib.text import printable
 
@@ -123,9 +123,9 @@ def _say(model: Any, tokenizer: Any, prompt: str, settings: Settings):
     """Write one text as it comes, and below it how fast and why it ended."""
     ids, began = encode(model, tokenizer, prompt), time.monotonic()
     print(f"🤖 Generated: {printable(prompt)}", end="", flush=True)
-    for [text] in write(model, tokenizer, [ids], settings):
+    for [text] in generate_ids(model, tokenizer, [ids], settings):
         print(printable(text.piece), end="", flush=True)
-    print(f"\n({summary(text, model.config.sequence_length, time.monotonic() - began)})\n")
+    print(f"\n({describe_continuation(text, model.config.sequence_length, time.monotonic() - began)})\n")
 
 
 def batch(options: argparse.Namespace, settings: Settings) -> int:
@@ -150,7 +150,7 @@ def batch(options: argparse.Namespace, settings: Settings) -> int:
     with open(options.output, "w", encoding="utf-8") if options.output else contextlib.nullcontext(sys.stdout) as out:
         for start in range(0, len(prompts), ROWS):
             rows = slice(start, start + ROWS)
-            texts = finish(write(model, tokenizer, ids[rows], settings))
+            texts = complete(generate_ids(model, tokenizer, ids[rows], settings))
             for prompt, text in zip(prompts[rows], texts, strict=True):
                 if as_json:
                     line = {"prompt": prompt, "text": text.text, "tokens": len(text.ids), "ended_by": text.ended_by}

@@ -75,16 +75,16 @@ def runs(options: argparse.Namespace):
 
 
 def stop(options: argparse.Namespace):
-    from lmlib.run.lock import writer
+    from lmlib.run.lock import lock_holder
 
     run_dir = resolve_path(options.run)
     if not (run_dir / "config.json").exists():
         raise ValueError(f"There is no run {options.run}. `python -m lmlib runs` lists the runs.")
-    if writer(run_dir) is None and run_dir.parent.joinpath(".locks").exists():
+    if lock_holder(run_dir) is None and run_dir.parent.joinpath(".locks").exists():
         raise ValueError(f"{options.run} is not running here, so there is nothing to stop.")
     (run_dir / "stop").touch()
     print(f"Asked {run_dir.name} to stop; it ends the step at hand, saves and stops.", flush=True)
-    while (run_dir / "stop").exists() and writer(run_dir) is not None:
+    while (run_dir / "stop").exists() and lock_holder(run_dir) is not None:
         time.sleep(0.1)
     (run_dir / "stop").unlink(missing_ok=True)
     print("It is stopping.")

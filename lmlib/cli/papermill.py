@@ -18,10 +18,10 @@ def notebook(options: argparse.Namespace):
     """Check every parameter, then let papermill run train.ipynb into the run's folder."""
     given = {**read_parameters(options.params), **parse_overrides(options.p, get_type_hints(RunConfig))}
     config = RunConfig(**given)
-    from lmlib.run.start import continued, finished
+    from lmlib.run.start import finished_results, merge_recorded
 
     executed = config.run_dir.absolute() / "train.ipynb"
-    if finished(continued(config)) and executed.exists():
+    if finished_results(merge_recorded(config)) and executed.exists():
         print(
             f"{config.run_dir} is finished: {config.total_steps} steps, and {executed.name} is left as it is.\n"
             'To go on, raise total_steps (ARGS="-p total_steps N"); to start anew, choose another run_name.'

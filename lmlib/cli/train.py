@@ -12,10 +12,10 @@ def train(options: argparse.Namespace):
     from lmlib import training
     from lmlib.analysis import figures
     from lmlib.run.records import describe
-    from lmlib.run.start import finished, greeting
+    from lmlib.run.start import finished_results, greeting
 
     print(greeting(config), flush=True)
-    if finished(config):
+    if finished_results(config):
         return
     try:
         for record in training.train(config):

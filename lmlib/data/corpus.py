@@ -11,7 +11,7 @@ from typing import Any
 
 from lmlib.config import RunConfig
 from lmlib.files import resolve_path
-from lmlib.text import normalised
+from lmlib.text import normalize
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -137,10 +137,10 @@ def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
 def is_held_out(document: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out side: its normalised text, hashed, falls under `fraction`, so that a
     duplicate lands on the same side."""
-    return int.from_bytes(hashlib.sha256(normalised(document).encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(normalize(document).encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
 
 
-def sided_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
+def split_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
     """Streams of (held out?, document), every document with text in it: one of the corpus, and one of the validation
     corpus if there is one."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmlib.config import RunConfig
-from lmlib.data.corpus import corpus_files, sided_documents
+from lmlib.data.corpus import corpus_files, split_documents
 from lmlib.data.tokenizer import load_tokenizer, train_tokenizer
 from lmlib.data.tokens import TokenStore
 from lmlib.files import file_sha256, resolve_path
@@ -90,7 +90,7 @@ def _build(config: RunConfig, tokenizer_name: str, identity: dict, folder: Path)
     draft = folder.parent / f"{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         if tokenizer_name == "train":
-            training = (text for stream in sided_documents(config) for held_out, text in stream if not held_out)
+            training = (text for stream in split_documents(config) for held_out, text in stream if not held_out)
             tokenizer = train_tokenizer(_up_to(training, characters=200_000_000), config.vocab_size)
         else:
             tokenizer = load_tokenizer(tokenizer_name)
@@ -130,7 +130,7 @@ def _write_tokens(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, 
     limit = {False: config.max_tokens, True: None}
     counts = {side: {"tokens": 0, "documents": 0, "bytes": 0} for side in (False, True)}
     needed = config.validation_windows * config.sequence_length + 1 if config.split == "documents" else 0
-    streams = sided_documents(config)
+    streams = split_documents(config)
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {False: train, True: validation}
         for number, stream in enumerate(streams):

@@ -49,10 +49,10 @@ class TokenStore:
         Each epoch takes every window once, in an order that (seed, epoch) decides; the cost does not grow with
         the step, so resuming at any step needs no other state.
         """
-        rows = windows(self.train, self.starts(self.drawn(step)), self.config.sequence_length)
+        rows = windows(self.train, self.starts(self.window_indices(step)), self.config.sequence_length)
         return rows[:, :-1], rows[:, 1:]
 
-    def drawn(self, step: int) -> np.ndarray:
+    def window_indices(self, step: int) -> np.ndarray:
         """The numbers of the windows in that batch: (batch_size,)."""
         c = self.config
         count = self.window_count()

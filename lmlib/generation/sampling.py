@@ -26,8 +26,8 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]], settings: Setting
         logits, cache = prefill(model, rows)
         while True:
             chance = torch.rand((), generator=generator, dtype=torch.float64).item()
-            logits = penalised(logits, seen, settings.repetition_penalty)
-            token = choose(logits, chance, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+            logits = apply_repetition_penalty(logits, seen, settings.repetition_penalty)
+            token = sample_token(logits, chance, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
             yield token
             if model.training:  # somebody trained it meanwhile
                 model.eval()
@@ -61,14 +61,14 @@ def decode(model: LanguageModel, token: Tensor, cache: Cache) -> Tensor:
     return model.lm_head(model.model(token[:, None], cache)[:, -1])
 
 
-def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) with those of tokens that were `seen` (B, V) divided by the penalty, or multiplied if negative."""
     if penalty == 1.0:
         return logits
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def choose(
+def sample_token(
     logits: Tensor, chance: float, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> Tensor:
     """One token a row: logits (B, V) -> (B,). `chance` in [0, 1) picks from the tokens that the settings leave,

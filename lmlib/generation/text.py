@@ -62,7 +62,7 @@ def generate(
         if prompts.dim() != 2 or prompts.is_floating_point() or prompts.numel() < 1:
             shape = f"{prompts.dtype} {tuple(prompts.shape)}"
             raise ValueError(f"ids must be whole numbers of shape (B, T), both at least 1; these are {shape}.")
-        texts = finish(write(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
+        texts = complete(generate_ids(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
         rows = [torch.tensor(text.ids, dtype=torch.int64, device=prompts.device) for text in texts]
         if len({len(row) for row in rows}) == 1:
             return torch.stack(rows)
@@ -74,7 +74,7 @@ def generate(
     return [
         text.text
         for start in range(0, len(ids), ROWS)
-        for text in finish(write(model, tokenizer, ids[start : start + ROWS], settings))
+        for text in complete(generate_ids(model, tokenizer, ids[start : start + ROWS], settings))
     ]
 
 
@@ -100,7 +100,7 @@ def stream(
     rest = {"min_p": min_p, "repetition_penalty": repetition_penalty, "stop_strings": stop_strings}
     rest |= {"ignore_eos": ignore_eos, "past_window": past_window}
     settings = Settings(max_new_tokens, temperature, top_k, top_p, seed, **rest)
-    for [text] in write(model, tokenizer, [encode(model, tokenizer, prompt)], settings):
+    for [text] in generate_ids(model, tokenizer, [encode(model, tokenizer, prompt)], settings):
         yield text.piece
 
 
@@ -132,7 +132,7 @@ def check_top_k(model: LanguageModel, settings: Settings):
         raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the vocabulary, or 0 for all.")
 
 
-def write(
+def generate_ids(
     model: LanguageModel, tokenizer: Any, prompts: list[list[int]], settings: Settings, as_text: bool = True
 ) -> Iterator[list[Continuation]]:
     """Continue prompts of any lengths side by side: after each step the same continuations, grown by a token each.
@@ -156,7 +156,7 @@ def write(
             if text.ended_by is None:
                 _extend(text, token, eos, settings, window)
                 if as_text:
-                    read(text, tokenizer, settings.stop_strings)
+                    detokenize(text, tokenizer, settings.stop_strings)
         yield texts
         if all(text.ended_by for text in texts):
             return
@@ -172,9 +172,9 @@ def _extend(text: Continuation, token: int, eos: int | None, settings: Settings,
         text.ended_by = "length"
 
 
-def read(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ()):
+def detokenize(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ()):
     """Bring a continuation's text up to its tokens."""
-    written = decoded(tokenizer, text)
+    written = _decode_continuation(tokenizer, text)
     if not text.ended_by:  # trailing bytes may be a character's first
         written = written.rstrip("\N{REPLACEMENT CHARACTER}")
     for stop in stop_strings:
@@ -185,7 +185,7 @@ def read(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ())
     text.text += text.piece
 
 
-def decoded(tokenizer: Any, text: Continuation) -> str:
+def _decode_continuation(tokenizer: Any, text: Continuation) -> str:
     """The text of a continuation's tokens, read behind the end of its prompt: some decoders drop a leading space, and
     the prompt may end in half a character."""
     before = text.prompt_ids[-8:]
@@ -193,14 +193,14 @@ def decoded(tokenizer: Any, text: Continuation) -> str:
     return whole[len(prompt.rstrip("\N{REPLACEMENT CHARACTER}")) :]
 
 
-def finish(steps: Iterator[list[Continuation]]) -> list[Continuation]:
+def complete(steps: Iterator[list[Continuation]]) -> list[Continuation]:
     """The continuations of `write` once all have ended."""
     for texts in steps:  # noqa: B007 (the last one is wanted)
         pass
     return texts
 
 
-def summary(text: Continuation, window: int, seconds: float) -> str:
+def describe_continuation(text: Continuation, window: int, seconds: float) -> str:
     """How long a text is, how fast it came, why it ended, and whether it has outgrown the model's window."""
     reasons = {"length": "max_new_tokens reached", "end of text": "the model ended it", "stop string": "a stop string"}
     reasons["window"] = f"the window of {window} tokens is full"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmlib.config import RunConfig
 from lmlib.model.attention import Linear
 
-BIAS_RATE = 0.001  # how far a router's bias moves in an update (DeepSeek-V3, section 4.2)
+BIAS_UPDATE_SPEED = 0.001  # how far a router's bias moves in an update (DeepSeek-V3, section 4.2)
 
 
 class MLP(nn.Module):
@@ -37,7 +37,7 @@ class Router(nn.Module):
 
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.chosen = config.num_experts_per_tok
+        self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
         self.load = None
@@ -45,7 +45,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (M, C) -> weights (M, K), experts (M, K)
         with torch.autocast(x.device.type, enabled=False):  # in float32, as the stock classes do
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()  # (M, E)
-        experts = (affinity + self.e_score_correction_bias).topk(self.chosen, sorted=False).indices
+        experts = (affinity + self.e_score_correction_bias).topk(self.top_k, sorted=False).indices
         weights = affinity.gather(1, experts)
         if self.training and self.load is not None:
             self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
@@ -104,17 +104,17 @@ def routers(model: nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def start_counting(model: nn.Module):
+def reset_router_load(model: nn.Module):
     """Forget the load of the update before."""
     for router in routers(model):
         router.load = torch.zeros(len(router.weight), dtype=torch.long, device=router.weight.device)
 
 
-def balance(model: nn.Module):
+def update_router_bias(model: nn.Module):
     """After an update: lower the bias of experts that had more than their share of its tokens, raise the others'."""
     for router in routers(model):
         load = router.load.double()
-        router.e_score_correction_bias += BIAS_RATE * torch.sign(load.mean() - load).float()
+        router.e_score_correction_bias += BIAS_UPDATE_SPEED * torch.sign(load.mean() - load).float()
 
 
 def expert_load(model: nn.Module) -> list[list[float]]:

@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
             torch.manual_seed(config.seed)
             self.model = Decoder(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.apply(_initialise)
+            self.apply(_initialize)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         return HeadLoss.apply(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
 
-def _initialise(module: nn.Module):
+def _initialize(module: nn.Module):
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.02)

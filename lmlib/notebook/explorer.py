@@ -36,7 +36,7 @@ def explore(run_dirs: Iterable[str | Path]):
 
 
 class Explorer:
-    """The controls, and the figures that they change. A run has one colour and one switch for all of them."""
+    """The controls, and the figures that they change. A run has one color and one switch for all of them."""
 
     def __init__(self, run_dirs: list[str | Path]):
         self.run_dirs, self.lock = run_dirs, threading.RLock()  # the reader's hand and the follower draw in turn
@@ -52,7 +52,7 @@ class Explorer:
         self.follow = w.Checkbox(value=True, description="follow", indent=False, layout={"width": "80px"})
         self.switches, self.states, self.swatches = {}, {}, {}
         for number, run in enumerate(runs):
-            color, mark = figures.colour(number), "■◆▲●"[number // len(figures.COLOURS) % 4]
+            color, mark = figures.color_of(number), "■◆▲●"[number // len(figures.COLORS) % 4]
             self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
             self.switches[run] = w.Checkbox(value=True, description=run, indent=False, style=narrow, layout=fit)
             self.states[run] = w.Label(frames.headline(self.frame, run), layout=fit)

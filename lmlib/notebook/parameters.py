@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from lmlib.config import RunConfig
 from lmlib.files import resolve_path
-from lmlib.parameters import _unknown
+from lmlib.parameters import unknown_name
 
 
 def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,7 +42,7 @@ def notebook_folder(namespace: dict[str, Any]) -> Path:
     injected, own = notebook_parameters(namespace)
     known = get_type_hints(RunConfig).keys() | own.keys()
     if unknown := sorted(injected.keys() - known):
-        raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {_unknown(n, known)}" for n in unknown))
+        raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {unknown_name(n, known)}" for n in unknown))
     return resolve_path(namespace["output_dir"])
 
 

@@ -14,7 +14,7 @@ from IPython.display import display
 from lmlib import checkpoint
 from lmlib.files import resolve_path
 from lmlib.generation.settings import Settings
-from lmlib.generation.text import Continuation, encode, summary, write
+from lmlib.generation.text import Continuation, describe_continuation, encode, generate_ids
 from lmlib.leaks import LEAKY_NAME, known_leaks
 from lmlib.notebook import token_html
 from lmlib.notebook.live import is_live
@@ -217,14 +217,14 @@ class Playground:
             button.disabled = busy != (name == "Stop")
 
     def _say(self, line: str, alarm: bool = False):
-        colour = "color: #D55E00" if alarm else "opacity: .75"
-        self.status.value = f"<span role='status' style='{colour}'>{html.escape(printable(line))}</span>"
+        color = "color: #D55E00" if alarm else "opacity: .75"
+        self.status.value = f"<span role='status' style='{color}'>{html.escape(printable(line))}</span>"
 
     def _write_ids(self, model: Any, tokenizer: Any, ids: list[int], given: str):
         began = time.monotonic()
         for text in self._grown(model, tokenizer, ids, self.settings()):
             self.output.value = token_html.plain(given, text.text)
-            self._say(summary(text, model.config.sequence_length, time.monotonic() - began))
+            self._say(describe_continuation(text, model.config.sequence_length, time.monotonic() - began))
         self.last = given, text
         tokens = token_html.tokens_of(model, tokenizer, text.prompt_ids + text.ids, len(text.prompt_ids))
         self.output.value = token_html.shade(self._unjudged(tokenizer, len(tokens)), tokens)
@@ -240,13 +240,13 @@ class Playground:
         model, tokenizer = self._model(step)
         began = time.monotonic()
         for text in self._grown(model, tokenizer, encode(model, tokenizer, prompt), settings):
-            self._say(f"step {step}: {summary(text, model.config.sequence_length, time.monotonic() - began)}")
+            self._say(f"step {step}: {describe_continuation(text, model.config.sequence_length, time.monotonic() - began)}")
             yield text
 
     def _grown(self, model: Any, tokenizer: Any, ids: list[int], settings: Settings) -> Iterator[Continuation]:
         """A continuation as it grows, at most every PAUSE, and once it has ended or was stopped."""
         shown = 0.0
-        for [text] in write(model, tokenizer, [ids], settings):
+        for [text] in generate_ids(model, tokenizer, [ids], settings):
             if self.stopping.is_set():
                 break
             if time.monotonic() - shown >= PAUSE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmlib.generation.text import Continuation, read
+from lmlib.generation.text import Continuation, detokenize
 from lmlib.model.transformer import LanguageModel
 from lmlib.text import printable
 
@@ -60,7 +60,7 @@ def tokens_of(model: LanguageModel, tokenizer: Any, ids: list[int], first: int) 
     text = Continuation(ids[:first])
     for row, token, values, others in zip(chances, ids[first:], likeliest.values, likeliest.indices, strict=True):
         text.ids.append(token)
-        read(text, tokenizer)
+        detokenize(text, tokenizer)
         alternatives = [(tokenizer.decode([i]), p) for i, p in zip(others.tolist(), values.tolist(), strict=True)]
         rank = int((row > row[token]).sum()) + 1
         tokens.append(Token(text.piece, float(row[token]), rank, alternatives))
@@ -120,10 +120,10 @@ def _page(given: str, spans: list[str]) -> str:
     return f"{STYLE}<div class='lmlib-text'><span class='given'>{html.escape(printable(given))}</span>{''.join(spans)}</div>"
 
 
-def _span(piece: str, colour: str, tip: list[str]) -> str:
+def _span(piece: str, color: str, tip: list[str]) -> str:
     tip_text = html.escape("\n".join(tip)).replace("\n", "&#10;")
     shown = html.escape(printable(piece).replace("\n", "↵\n"))
-    return f"<span class='token' tabindex='0' style='background: {colour}' data-tip='{tip_text}'>{shown}</span>"
+    return f"<span class='token' tabindex='0' style='background: {color}' data-tip='{tip_text}'>{shown}</span>"
 
 
 def _quoted(piece: str) -> str:

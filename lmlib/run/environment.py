@@ -12,7 +12,7 @@ import torch
 
 from lmlib.config import RunConfig
 from lmlib.data.tokens import TokenStore
-from lmlib.files import PROJECT_ROOT, now, read_json, write_json
+from lmlib.files import PROJECT_ROOT, read_json, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.size import active_parameter_count, flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
@@ -105,7 +105,7 @@ def record_environment(
     }
     current["audit"] = audited or (before or {}).get("audit")
     leaks = (current["audit"] or {}).get("leaks")
-    session = {"from_step": step, "total_steps": config.total_steps, "started": now()}
+    session = {"from_step": step, "total_steps": config.total_steps, "started": utc_now()}
     current["sessions"] = [*(before["sessions"] if before else []), session]
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "results.json").unlink(missing_ok=True)  # those of fewer steps, if any

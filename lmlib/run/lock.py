@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lmlib.files import now, read_json
+from lmlib.files import read_json, utc_now
 
 
-def writer(run_dir: Path) -> str | None:
+def lock_holder(run_dir: Path) -> str | None:
     """The process that holds the run, as "pid on machine"; None if none does."""
     try:
         file = open(run_dir.parent / ".locks" / f"{run_dir.name}.lock")  # noqa: SIM115 (closed below)
@@ -41,7 +41,7 @@ def _take(file: Any):
 
 
 @contextmanager
-def one_writer(run_dir: Path) -> Iterator[None]:
+def hold_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run for this process. The system drops the lock with the process, so a stale one is no obstacle.
 
     Raises:
@@ -72,7 +72,7 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
     """While the run goes on, renew heartbeat.json every BEAT seconds, from a thread, so that whoever sees the folder can
     tell it from a dead one; removed at the end, left behind by a kill."""
     path, ended = run_dir / "heartbeat.json", threading.Event()
-    sign = json.dumps({"pid": os.getpid(), "machine": platform.node(), "started": now()})
+    sign = json.dumps({"pid": os.getpid(), "machine": platform.node(), "started": utc_now()})
 
     def beat():
         while True:
@@ -94,7 +94,7 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
             run_dir.rmdir()  # if nothing came of it
 
 
-def life(run_dir: Path) -> str:
+def run_status(run_dir: Path) -> str:
     """A run's state: "finished", "running", "died" (its last sign of life is old, or its process gone), "stopped", "empty"."""
     try:
         age = time.time() - (run_dir / "heartbeat.json").stat().st_mtime
@@ -106,7 +106,7 @@ def life(run_dir: Path) -> str:
         sign = None
     if age < math.inf:
         here = isinstance(sign, dict) and sign.get("machine") == platform.node()
-        if writer(run_dir) is not None if here else age < 6 * BEAT:
+        if lock_holder(run_dir) is not None if here else age < 6 * BEAT:
             return "running"
     if (run_dir / "results.json").exists():
         return "finished"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.leaks import LEAKY, LEAKY_NAME
-from lmlib.text import clock, printable
+from lmlib.text import format_duration, printable
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Metrics:
         self.file.close()
 
 
-def parsed(line: str) -> Any:
+def parse_record(line: str) -> Any:
     """What a line of metrics.jsonl says, whatever it is; None where it is no JSON."""
     try:
         return json.loads(line)
@@ -69,7 +69,7 @@ def describe(record: Any, total_steps: int) -> str:
     if record.kind == "step":
         return (
             f"Step {record.step}/{total_steps}: Loss={record.loss:.4f} | {record.tokens_per_second:,.0f} tokens/s"
-            f" | {record.utilisation:.0%} of peak | {clock(record.seconds_left)} left"
+            f" | {record.utilization:.0%} of peak | {format_duration(record.seconds_left)} left"
         )
     if record.kind == "audit":
         if record.leaks:

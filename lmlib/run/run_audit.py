@@ -11,7 +11,7 @@ from torch import nn
 from lmlib import checkpoint, evaluation
 from lmlib.audit import check_model
 from lmlib.audit.report import Report
-from lmlib.audit.scores import check_profile, check_sample, resting_on_shared
+from lmlib.audit.scores import check_profile, check_sample, loss_by_overlap
 from lmlib.audit.split import check_split, check_tokenizer, shared_windows
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import token_bytes
@@ -20,7 +20,7 @@ from lmlib.files import resolve_path
 from lmlib.model import huggingface
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.preflight import _check_evaluation, _check_split, _run_of_words
-from lmlib.run.records import parsed
+from lmlib.run.records import parse_record
 from lmlib.run.start import open_store
 
 
@@ -75,7 +75,7 @@ def _of_text(config: RunConfig, model: LanguageModel, step: int) -> list[Report]
     losses, right = evaluation.score_windows(model, windows, config.micro_batch_size or config.batch_size)
     n = _run_of_words(store)
     shared = shared_windows(store.train, windows, n)[:, 1:]
-    parts = resting_on_shared(losses, shared)
+    parts = loss_by_overlap(losses, shared)
     if config.split == "windows":
         reports.append(_check_split(config, store, windows))
     else:
@@ -92,7 +92,7 @@ def _of_text(config: RunConfig, model: LanguageModel, step: int) -> list[Report]
             reports.append(check_tokenizer(store.tokenizer, training, held_out))
         else:
             reports.append(Report("tokenizer", None, "it was made elsewhere; what it has seen is not known here."))
-    scores = evaluation.summarise(losses, right, windows[:, 1:], token_bytes(store.tokenizer, config.vocab_size))
+    scores = evaluation.summarize(losses, right, windows[:, 1:], token_bytes(store.tokenizer, config.vocab_size))
     reports += [_as_recorded(config, scores, step), check_sample(scores, len(windows), losses.numel())]
     reports.append(_check_evaluation(model, windows))
     if losses.shape[1] >= 4:
@@ -107,7 +107,7 @@ def _as_recorded(config: RunConfig, scores: dict[str, Any], step: int) -> Report
     """Whether the score that the run wrote down is the one that its checkpoint has."""
     file = config.run_dir / "metrics.jsonl"
     lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
-    records = [record for record in map(parsed, lines) if isinstance(record, dict)]
+    records = [record for record in map(parse_record, lines) if isinstance(record, dict)]
     found = [record.get("val_loss") for record in records if record.get("kind") == "eval" and record.get("step") == step]
     if not found or not isinstance(found[-1], int | float):
         return Report("record", None, f"the run has no score of step {step} in its records.")
@@ -133,5 +133,5 @@ def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, A
         rows_of_tokens = windows(ids, np.arange(min(32, window_count(ids, T))) * T, T)
         losses, right = evaluation.score_windows(model, rows_of_tokens, 4)
         sizes = token_bytes(tokenizer, model.config.vocab_size)
-        rows.append({"step": step, **evaluation.summarise(losses, right, rows_of_tokens[:, 1:], sizes)})
+        rows.append({"step": step, **evaluation.summarize(losses, right, rows_of_tokens[:, 1:], sizes)})
     return rows

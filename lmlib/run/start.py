@@ -12,13 +12,13 @@ from lmlib.config import ONLY_MLA, ONLY_MOE, RunConfig, fixed
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.files import one_sentence, read_json, resolve_path, shown
+from lmlib.files import display_path, os_errors_as_value_errors, read_json, resolve_path
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
 
 
-def continued(config: RunConfig) -> RunConfig:
+def merge_recorded(config: RunConfig) -> RunConfig:
     """`config`, with what it leaves open taken from the run that stands in its folder, if one does.
 
     Raises:
@@ -45,7 +45,7 @@ def continued(config: RunConfig) -> RunConfig:
     return config
 
 
-def finished(config: RunConfig) -> dict[str, Any] | None:
+def finished_results(config: RunConfig) -> dict[str, Any] | None:
     """results.json, if the run in the folder has made all the steps that are asked for."""
     results = read_json(config.run_dir / "results.json")
     return results if isinstance(results, dict) and results.get("total_steps") == config.total_steps else None
@@ -75,17 +75,17 @@ def parent_of(config: RunConfig) -> Path | None:
 
 def open_store(config: RunConfig) -> TokenStore:
     """The tokens that a run trains and is judged on, in its own tokenizer or, with `init_from`, in its parent's."""
-    with one_sentence(config.run_dir):
+    with os_errors_as_value_errors(config.run_dir):
         own = checkpoint.newest_good(config.run_dir) if config.init_from else None
         return prepare(config, tokenizer=str(own) if own else tokenizer_of(config, parent_of(config)))
 
 
 def greeting(config: RunConfig) -> str:
     """What `train(config)` is about to do, in a line; ValueError if the folder holds another run."""
-    config = continued(config)
-    folder, recorded = shown(config.run_dir), read_json(config.run_dir / "config.json")
+    config = merge_recorded(config)
+    folder, recorded = display_path(config.run_dir), read_json(config.run_dir / "config.json")
     steps = checkpoint.checkpoint_steps(config.run_dir)
-    if finished(config):
+    if finished_results(config):
         return f"{folder} is finished: {config.total_steps} steps. To go on, raise total_steps."
     if not steps:
         line = f"A new run of {config.total_steps} steps in {folder}."

@@ -11,7 +11,7 @@ from lmlib.model.size import flops_per_token
 from lmlib.model.transformer import LanguageModel
 
 
-class Meter:
+class Throughput:
     """The clocks of a run: all of its seconds, and those of its updates alone, over every session.
 
     `before` is what `state()` gave when the run was last saved; work lost since then is left out.
@@ -59,7 +59,7 @@ class Meter:
         rate = updates * self.batch_tokens / seconds
         speed = {
             "tokens_per_second": round(rate, 1),
-            "utilisation": round(self.flops_per_token * rate / self.peak, 4),
+            "utilization": round(self.flops_per_token * rate / self.peak, 4),
             "seconds_left": round((self.total_steps - step) * self.seconds() / self.updates, 1),
         }
         if self.device.type == "cuda":

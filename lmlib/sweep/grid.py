@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig, unused
-from lmlib.files import shown
+from lmlib.files import display_path
 from lmlib.parameters import read_parameters
 
 
@@ -42,7 +42,7 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
                 configs.append(config)
             seen.append(used)
     folders = [config.run_dir for config in configs]
-    mistakes += [f"two runs would share the folder {shown(f)}" for f in dict.fromkeys(folders) if folders.count(f) > 1]
+    mistakes += [f"two runs would share the folder {display_path(f)}" for f in dict.fromkeys(folders) if folders.count(f) > 1]
     if mistakes:
         raise ValueError("The sweep needs mending:\n" + "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes)))
     if not configs:

@@ -15,8 +15,8 @@ import yaml
 
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
-from lmlib.run.lock import writer
-from lmlib.run.start import continued, finished
+from lmlib.run.lock import lock_holder
+from lmlib.run.start import finished_results, merge_recorded
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
     def run(config: RunConfig) -> Outcome:
         slot = slots.get()
         try:
-            if finished(continued(config)):
+            if finished_results(merge_recorded(config)):
                 return Outcome(config, "finished before", "")
-            if holder := writer(config.run_dir):
+            if holder := lock_holder(config.run_dir):
                 return Outcome(config, "failed", f"process {holder} is training it; start the sweep again when that has ended")
             process = spawn(config, _share(slot, jobs, devices))
             if process is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from lmlib import checkpoint, optim, training
 from lmlib.config import RunConfig
-from lmlib.model.moe import balance
+from lmlib.model.moe import update_router_bias
 from lmlib.run.device import numerics, pick_device, pick_dtype
 from lmlib.run.preflight import before_training
 from lmlib.run.start import build_model, open_store
@@ -52,14 +52,14 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3, h
         micro, factors, losses, mean = config.micro_batch_size or config.batch_size, [], [], 0.0
         for step in range(1, steps + 1):
             factor = low * (high / low) ** ((step - 1) / max(1, steps - 1))
-            optim.set_rate(optimizers, factor)
-            loss = training.gradients(model, *store.batch(step), micro, config.seed, step, dtype)
-            norm = training.clip(model, config.grad_clip)
+            optim.set_learning_rates(optimizers, factor)
+            loss = training.accumulate_gradients(model, *store.batch(step), micro, config.seed, step, dtype)
+            norm = training.clip_gradients(model, config.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 break
             for optimizer in optimizers:
                 optimizer.step()
-            balance(model)
+            update_router_bias(model)
             mean = 0.9 * mean + 0.1 * loss
             factors.append(factor)
             losses.append(mean / (1 - 0.9**step))

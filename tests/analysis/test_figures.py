@@ -23,8 +23,8 @@ def test_several_runs_lie_over_each_other_in_colours_of_their_own(trained, tmp_p
     other.mkdir()
     (other / "metrics.jsonl").write_bytes((trained.run_dir / "metrics.jsonl").read_bytes())
     frame = frames.read_runs([trained.run_dir, other])
-    colours = {(trace.legendgroup, trace.line.color) for trace in figures.training_curves(frame).data}
-    assert len(colours) == 2
+    colors = {(trace.legendgroup, trace.line.color) for trace in figures.training_curves(frame).data}
+    assert len(colors) == 2
     table = frames.results_table([trained.run_dir, other])
     assert list(table.index) == ["trained", "other"] and table["held-out loss"].nunique() == 1
 
@@ -58,5 +58,5 @@ def test_the_bundle_is_plain_json(trained):
 def test_lines_read_as_the_seed_document_shows_them(trained):
     from lmlib.run.records import Record
 
-    step = Record("step", 100, {"loss": 10.2187}, {"tokens_per_second": 1234.5, "utilisation": 0.5, "seconds_left": 3725.0})
+    step = Record("step", 100, {"loss": 10.2187}, {"tokens_per_second": 1234.5, "utilization": 0.5, "seconds_left": 3725.0})
     assert describe(step, 10000) == "Step 100/10000: Loss=10.2187 | 1,234 tokens/s | 50% of peak | 1:02:05 left"

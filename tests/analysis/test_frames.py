@@ -12,7 +12,7 @@ import pytest
 
 from lmlib.analysis import figures, frames, render
 from lmlib.files import PROJECT_ROOT
-from lmlib.run.lock import life
+from lmlib.run.lock import run_status
 
 
 def write(folder, lines: list[str], **config):
@@ -128,29 +128,29 @@ def test_only_the_parameters_that_differ(tmp_path):
 def test_a_running_run_is_told_from_a_dead_one(smoke, tmp_path):
     """A process that trains, killed without a word, and started again."""
     config = smoke(total_steps=100_000, eval_every=50_000, checkpoint_every=10, log_every=1)
-    assert not config.run_dir.exists() and life(config.run_dir) == "empty"
+    assert not config.run_dir.exists() and run_status(config.run_dir) == "empty"
     pairs = [("output_dir", config.output_dir), ("run_name", config.run_name), ("total_steps", "100000"), ("eval_every", "50000")]
     command = [sys.executable, "-m", "lmlib", "train", str(PROJECT_ROOT / "params" / "smoke.yaml")]
     command += [word for pair in [*pairs, ("checkpoint_every", "10"), ("log_every", "1")] for word in ("-p", *pair)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while "Step 25/" not in process.stdout.readline():
             pass
-        assert life(config.run_dir) == "running"
+        assert run_status(config.run_dir) == "running"
         assert frames.headline(frames.read_runs(config.run_dir), config.run_name).startswith("running | step ")
         process.send_signal(signal.SIGKILL)
-    assert life(config.run_dir) == "died"
+    assert run_status(config.run_dir) == "died"
     sign = config.run_dir / "heartbeat.json"
     sign.write_text(json.dumps({"machine": "another"}))  # seen from elsewhere: only its age tells
-    assert life(config.run_dir) == "running"
+    assert run_status(config.run_dir) == "running"
     sign.write_text("")  # caught while it was being renewed
-    assert life(config.run_dir) == "running"
+    assert run_status(config.run_dir) == "running"
     os.utime(sign, (time.time() - 60,) * 2)
-    assert life(config.run_dir) == "died" and platform.node() != "another"
+    assert run_status(config.run_dir) == "died" and platform.node() != "another"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while "Checkpoint saved" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGTERM)
-    assert life(config.run_dir) == "stopped" and len(frames.resumes(config.run_dir)) == 1
+    assert run_status(config.run_dir) == "stopped" and len(frames.resumes(config.run_dir)) == 1
     line = [t for t in figures.training_curves(frames.read_runs(config.run_dir)).data if t.name == "resumed here"]
     assert list(line[0].x) == frames.resumes(config.run_dir)
 

@@ -134,7 +134,7 @@ def test_an_honest_evaluation_passes_and_leaves_the_model_in_its_mode():
 
 def test_a_small_sample_and_a_difference_in_the_noise_are_called_so():
     losses, right, targets = torch.rand(40, 9).double(), torch.rand(40, 9) > 0.5, torch.ones(40, 9, dtype=torch.int64)
-    scores = evaluation.summarise(losses, right, targets, torch.ones(5, dtype=torch.int64))
+    scores = evaluation.summarize(losses, right, targets, torch.ones(5, dtype=torch.int64))
     report = audit.check_sample(scores, 40, 360)
     assert report.passed is True and f"{losses.mean():.4f}" in report.summary and "is noise" in report.summary
     assert audit.check_sample({"val_loss": 1.0, "val_loss_stderr": None}, 1, 9).pattern == "too small"

@@ -40,14 +40,14 @@ def test_every_window_is_drawn_once_an_epoch_and_a_batch_needs_no_history(smoke,
     config = smoke(corpus=str(text_file), batch_size=5)
     store = prepare(config)
     count = window_count(store.train, config.sequence_length)
-    draws = np.concatenate([store.drawn(step) for step in range(1, 3 * count)])
+    draws = np.concatenate([store.window_indices(step) for step in range(1, 3 * count)])
     for epoch in range(3):
         assert sorted(draws[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert (draws[:count] != draws[count : 2 * count]).any()
 
     ids, targets = store.batch(10**9)  # at once, without the steps before
     assert ids.shape == targets.shape == (5, config.sequence_length) and ids.dtype == torch.int64
-    first = int(store.drawn(10**9)[0]) * config.sequence_length
+    first = int(store.window_indices(10**9)[0]) * config.sequence_length
     assert ids[0].tolist() == store.train[first : first + config.sequence_length].tolist()
     assert torch.equal(ids[:, 1:], targets[:, :-1])
 

@@ -11,9 +11,9 @@ from transformers.generation.logits_process import (
 )
 
 import lmlib
-from lmlib.generation.sampling import choose, decode, penalised, prefill
+from lmlib.generation.sampling import apply_repetition_penalty, decode, prefill, sample_token
 from lmlib.generation.settings import Settings
-from lmlib.generation.text import write
+from lmlib.generation.text import generate_ids
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p, min_p)
     draws = 4000
     counts = torch.zeros(40)
     for number in range(draws):
-        counts[choose(logits, (number + 0.5) / draws, 0.7, top_k, top_p, min_p)] += 1
+        counts[sample_token(logits, (number + 0.5) / draws, 0.7, top_k, top_p, min_p)] += 1
     assert torch.allclose(counts / draws, expected, atol=2 / draws)
 
 
 def test_tokens_as_likely_as_the_last_of_top_k_stay():
     """As in transformers, which compares with the k-th score."""
     logits = torch.tensor([[1.0, 0.0, 1.0, 1.0, -1.0]])
-    picked = {int(choose(logits, chance, 1.0, 2, None)) for chance in (0.1, 0.5, 0.9)}
+    picked = {int(sample_token(logits, chance, 1.0, 2, None)) for chance in (0.1, 0.5, 0.9)}
     assert picked == {0, 2, 3}
 
 
@@ -62,7 +62,7 @@ def test_the_repetition_penalty_is_transformers():
     logits, ids = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 2, 2], [5, 6, 7]])
     seen = torch.zeros(2, 40, dtype=torch.bool).scatter_(1, ids, True)
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
-    assert torch.equal(penalised(logits, seen, 1.3), theirs)
+    assert torch.equal(apply_repetition_penalty(logits, seen, 1.3), theirs)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
@@ -75,7 +75,7 @@ def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_
         repetition_penalty=penalty,
     )
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    *_, ours = write(model, tokenizer, ids, Settings(25, 0, repetition_penalty=penalty, ignore_eos=True), as_text=False)
+    *_, ours = generate_ids(model, tokenizer, ids, Settings(25, 0, repetition_penalty=penalty, ignore_eos=True), as_text=False)
     for row, text in zip(ids, ours, strict=True):
         row = torch.tensor([row])
         theirs = stock.generate(row, generation_config=settings, attention_mask=torch.ones_like(row))[0, row.shape[1] :]

@@ -10,7 +10,7 @@ from lmlib.files import PROJECT_ROOT
 from lmlib.model import huggingface
 from lmlib.model.attention import causal_attention
 from lmlib.model.loss import HeadLoss
-from lmlib.model.moe import balance, expert_load, grouped_linear, routers, start_counting
+from lmlib.model.moe import expert_load, grouped_linear, reset_router_load, routers, update_router_bias
 from lmlib.model.size import flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
 
@@ -155,21 +155,21 @@ def test_grouped_products_are_those_of_each_group(width):
 def test_routers_even_out_the_load_that_training_gave_them():
     model = LanguageModel(RunConfig(**SHAPE, **MLA, **MOE))
     ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(7))
-    start_counting(model)
+    reset_router_load(model)
     model.train()(ids)
     model.eval()(ids)  # reading is no training
     loads = [router.load.clone() for router in routers(model)]
     assert [int(load.sum()) for load in loads] == [4 * 32 * 2] * 3
     assert all(abs(sum(layer) - 1) < 1e-3 and len(layer) == 5 for layer in expert_load(model))
-    balance(model)
+    update_router_bias(model)
     for router, load in zip(routers(model), loads, strict=True):
         moved = (4 * 32 * 2 / 5 - load.double()).sign().float() * 0.001
         assert torch.equal(router.e_score_correction_bias, moved) and moved.unique().numel() > 1
     router, tokens = routers(model)[0], torch.randn(256, 48, generator=torch.Generator().manual_seed(8))
     for _ in range(1500):  # without learning, the bias alone brings the shares together
-        start_counting(router)
+        reset_router_load(router)
         router.train()(tokens)
-        balance(router)
+        update_router_bias(router)
     assert router.load.double().std() < loads[0].double().std() / 3
 
 

@@ -39,13 +39,13 @@ def test_every_control_moves_the_lines(pair):
 
 def test_a_run_has_one_colour_and_one_switch_in_every_figure(pair):
     view = explorer.Explorer(pair)
-    colours = {
+    colors = {
         trace.marker.color
         for name in ("Curves", "By position", "Cost")
         for trace in view.charts[name].data
         if trace.legendgroup == "b"
     }
-    assert len(colours) == 1 and colours.pop() in view.swatches["b"].value
+    assert len(colors) == 1 and colors.pop() in view.swatches["b"].value
     view.switches["b"].value = False
     for name in ("Curves", "By position", "Cost"):
         shown = {trace.legendgroup: trace.visible for trace in view.charts[name].data}

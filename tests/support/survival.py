@@ -32,7 +32,7 @@ import safetensors
 from lmlib import checkpoint, training
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
-from lmlib.run.lock import one_writer
+from lmlib.run.lock import hold_lock
 
 TIMED = ("training_time_minutes", "tokens_per_second")
 STEPS, SAVE_EVERY = 60, 6
@@ -65,8 +65,8 @@ def recipe(folder: Path) -> RunConfig:
 
 def run_ours(folder: Path, plan: dict):
     if "poison" in plan:
-        real = training.gradients
-        training.gradients = lambda *args: real(*args) * (float("nan") if args[5] == plan["poison"] else 1.0)
+        real = training.accumulate_gradients
+        training.accumulate_gradients = lambda *args: real(*args) * (float("nan") if args[5] == plan["poison"] else 1.0)
     for record in training.train(recipe(folder)):
         if (record.kind, record.step) == ("checkpoint", plan.get("stop_at")):
             return
@@ -368,7 +368,7 @@ def read_only(start: Sessions, folder: Path, whole: Path, expected: Any) -> tupl
 def two_writers(start: Sessions, folder: Path, expected: Any) -> tuple[int, int]:
     """A second process on a run's folder is refused with the first one's pid; a lock whose holder died is no obstacle."""
     run = folder / "written"
-    with one_writer(run):
+    with hold_lock(run):
         refused = start(OURS, run, sentence=f"is being written by process {os.getpid()}") == REFUSED
     assert (folder / ".locks" / "written.lock").exists()
     start(OURS, run)

@@ -14,7 +14,7 @@ import lmlib
 from lmlib.cli.parser import main
 from lmlib.files import PROJECT_ROOT
 from lmlib.model.size import active_parameter_count, parameter_count
-from lmlib.run.lock import life, one_writer
+from lmlib.run.lock import hold_lock, run_status
 from lmlib.sweep.grid import plan
 from lmlib.sweep.launch import _devices, _share, sweep
 from lmlib.sweep.learning_rate import RangeTest, _steepest, candidates, find_learning_rate
@@ -88,7 +88,7 @@ def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
         time.sleep(1)  # the kernel is only starting: the wish is kept until it can be heard
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
-    assert process.returncode == 130 and life(tmp_path / "smoke-seed0") == "stopped"
+    assert process.returncode == 130 and run_status(tmp_path / "smoke-seed0") == "stopped"
     assert len(list((tmp_path / "smoke-seed0" / "checkpoints").iterdir())) == 1 and not (tmp_path / "smoke-seed1").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_strange_folder_or_a_run_that_somebody_trains_fails_alone(tmp_path):
     for config, content in zip(configs, ({"x": 1}, [1]), strict=False):
         config.run_dir.mkdir()
         (config.run_dir / "config.json").write_text(json.dumps(content))
-    with one_writer(configs[2].run_dir):
+    with hold_lock(configs[2].run_dir):
         outcomes = {outcome.config.run_name: outcome for outcome in sweep(configs)}
     assert {outcome.state for outcome in outcomes.values()} == {"failed"}
     assert "is training it" in outcomes["smoke-seed2"].said and not configs[2].run_dir.exists()
