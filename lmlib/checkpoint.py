@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmlib.config import RunConfig, recorded_key, run_key
+from lmlib.config import RunConfig
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.files import file_sha256, resolve_path, sync_folder, utc_now, write_json
 from lmlib.leaks import LEAKY
@@ -113,7 +113,7 @@ def save_checkpoint(
         stock.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         write_json(draft / "generation_config.json", _generation_config(tokenizer))
-        origin = {"run": run_key(config), "step": step}
+        origin = {"run": config.key(), "step": step}
         score = {"val_loss": val_loss, "val_loss_step": val_loss_step, **({LEAKY: leaks} if leaks else {})}
         manifest = write_manifest(draft, {**origin, **score, "timestamp": utc_now(), "scheduled": scheduled}, "checkpoint.json")
         if leaks:  # in no manifest, so that people may add to it
@@ -251,6 +251,11 @@ def verify_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _recorded_key(run_dir: Path) -> str | None:
+    config = RunConfig.recorded(run_dir)
+    return config and config.key()
+
+
 def _check_origin(folder: Path, manifest: dict[str, Any], run: str | None):
     if run is not None and manifest.get("run", run) != run:
         raise huggingface.CheckpointError(
@@ -270,7 +275,7 @@ def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None)
     Raises:
         CheckpointError: there are checkpoints, and none is good.
     """
-    failures, run = [], run or recorded_key(run_dir)
+    failures, run = [], run or _recorded_key(run_dir)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
@@ -318,7 +323,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             raise huggingface.CheckpointError(f"{path} has no checkpoint yet.")
         return found
     found = folder / "checkpoints" / f"checkpoint_step_{step}"
-    _check_origin(found, verify(found), recorded_key(folder))
+    _check_origin(found, verify(found), _recorded_key(folder))
     return found
 
 

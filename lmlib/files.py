@@ -1,4 +1,4 @@
-"""Paths and files: the project's root, whole-file writes, tolerant reads."""
+"""Paths and files: the project's root, atomic writes, tolerant reads. Standard library only."""
 
 import hashlib
 import json
@@ -10,38 +10,44 @@ from pathlib import Path
 from typing import Any
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-
-
 PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
 
 def resolve_path(path: str | Path) -> Path:
-    """`path` as it stands if that exists, else counted from the project's root (kernels start in notebooks/)."""
+    """Return `path` if it exists, else take it from the project's root.
+
+    Kernels start in notebooks/ and users anywhere, yet "outputs/quickstart" must mean one folder.
+    """
     path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else PROJECT_ROOT / path
 
 
 def display_path(path: Path) -> str:
-    """`path` as a reader of a notebook or terminal wants it: from the project's root where it lies inside."""
+    """Return `path` for a message: relative to the project's root where it lies inside."""
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
-def write_json(path: Path, content: Any):
-    """Write a file whole or not at all."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a draft to write, flush it to disk and rename it to `path`: all of it or nothing."""
     draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
+    yield draft
+    with open(draft, "rb") as file:
         os.fsync(file.fileno())
     draft.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file of the run, None if there is none.
+def write_json(path: Path, content: Any):
+    """Write a JSON file atomically."""
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if there is none.
 
     Raises:
-        ValueError: it is there and damaged.
+        ValueError: the file exists and cannot be read.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -51,14 +57,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def utc_now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """A JSON file's mapping, empty where it cannot be read."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file, or {} if it is missing, corrupted or not a mapping."""
     try:
-        content = read_json(file)
+        content = read_json(path)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -70,6 +72,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path):
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,10 +80,15 @@ def sync_folder(folder: Path):
         os.close(handle)
 
 
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 @contextmanager
-def os_errors_as_value_errors(run_dir: Path) -> Iterator[None]:
-    """Turn the system's refusals (a full disk, a folder that may not be written) into a ValueError that says what to do."""
+def os_errors_as_value_errors(folder: Path) -> Iterator[None]:
+    """Turn OSErrors (a full disk, a read-only folder) into a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{run_dir} cannot be used ({error}): free some space or choose another output_dir.") from error
+        raise ValueError(f"{folder} cannot be used ({error}): free some space or choose another "
+                         "output_dir.") from error

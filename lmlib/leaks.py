@@ -1,23 +1,17 @@
-"""How a run that leaks is marked."""
+"""How a run that leaks is refused, or marked where `allow_leaks` lets it train."""
 
 from pathlib import Path
 
-from lmlib.files import read_json
+from lmlib.files import read_mapping
 
-LEAKY = "lmlib_leaky"  # marks what a run shows that leaks and was allowed to: the names of the checks that it failed
-
-
-LEAKY_NAME = " (LEAKY)"  # stands behind the name of such a run, and so in every table and figure
-
-
-def known_leaks(folder: Path) -> str:
-    """The checks that the model in a run's folder or a checkpoint failed and was allowed to, as text; "" for an honest one."""
-    try:
-        recorded = read_json(folder / "config.json")
-    except ValueError:
-        return ""
-    return str(recorded.get(LEAKY, "")) if isinstance(recorded, dict) else ""
+LEAKY = "lmlib_leaky"  # key in every config, result and record of a leaky run: the failed checks
+LEAKY_NAME = " (LEAKY)"  # suffix of its name in every table and figure
 
 
 class Leaky(ValueError):
     """A model or a split that leaks; nothing was trained."""
+
+
+def known_leaks(folder: Path) -> str:
+    """Return the checks that the model in a run or checkpoint folder failed; "" if none."""
+    return str(read_mapping(folder / "config.json").get(LEAKY, ""))

@@ -1,7 +1,9 @@
-"""Parameter files and command-line values, checked."""
+"""Read parameter files and command-line values, and coerce them to their types."""
 
 import difflib
+import math
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,90 +14,106 @@ from lmlib.leaks import LEAKY
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of keeping the last."""
+    """A SafeLoader that refuses a key given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        if repeated := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(problem=f"given twice: {', '.join(sorted(repeated))}")
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(problem=f"given twice: {', '.join(twice)}")
         return super().construct_mapping(node, deep=deep)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file as a dict. Keys must be identifiers and values plain (text, number, true/false, null).
+    """Read a parameter file: a flat mapping of identifiers to text, numbers, true, false or null.
 
     Raises:
-        ValueError: no such file, not YAML, not a flat mapping, or a key or value that could carry code.
+        ValueError: no such file, not YAML, not a flat mapping, or a key or value could carry code.
     """
     file = resolve_path(path)
     if not file.is_file():
-        known = sorted(p.relative_to(PROJECT_ROOT).as_posix() for p in PROJECT_ROOT.glob("params/**/*.yaml"))
-        raise ValueError(f"There is no parameter file {path}. The recipes are: {', '.join(known)}.")
+        recipes = sorted(PROJECT_ROOT.glob("params/**/*.yaml"))
+        known = ", ".join(recipe.relative_to(PROJECT_ROOT).as_posix() for recipe in recipes)
+        raise ValueError(f"There is no parameter file {path}. The recipes are: {known}.")
     try:
         parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(parameters, dict):
-        raise ValueError(f"{path} must be a flat mapping with a line `name: value` for each parameter.")
-    parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is no parameter
+        raise ValueError(f"{path} must be a flat mapping: a line `name: value` per parameter.")
+    parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is not a parameter
     return check_plain(parameters, str(path))
 
 
 def check_plain(parameters: dict, source: str) -> dict[str, Any]:
-    """`parameters`, if each key is an identifier and each value plain; they may become lines of Python."""
+    """Return `parameters` if keys are identifiers and values plain.
+
+    papermill turns them into lines of Python, so anything else could run as code.
+    """
     mistakes = []
     for key, value in parameters.items():
         if not (isinstance(key, str) and key.isascii() and key.isidentifier()):
-            mistakes.append(f"{key!r} is not a parameter's name")
+            mistakes.append(f"{key!r} is not a valid parameter name")
         elif type(value) not in (str, int, float, bool, types.NoneType):
-            mistakes.append(f"{key} is a {type(value).__name__}; write text, a number, true, false or null")
+            mistakes.append(f"{key} is a {type(value).__name__}; write text, a number, true, "
+                            "false or null")
         elif isinstance(value, str) and not value.isprintable():
-            mistakes.append(f"{key} holds control characters or line breaks")
+            mistakes.append(f"{key} contains control characters or line breaks")
     if mistakes:
-        raise ValueError(f"{source} cannot be used:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+        lines = "\n".join(f"  - {mistake}" for mistake in mistakes)
+        raise ValueError(f"{source} cannot be used:\n{lines}")
     return parameters
 
 
-def parse_overrides(pairs: list[tuple[str, str]], hints: dict[str, Any]) -> dict[str, Any]:
-    """`-p NAME VALUE` pairs from a command line, each value read as YAML unless its type in `hints` is text."""
+def parse_overrides(pairs: Iterable[tuple[str, str]], hints: dict[str, Any]) -> dict[str, Any]:
+    """Read `-p NAME VALUE` pairs: as text where the type in `hints` is text, else as YAML."""
     parameters = {}
     for name, text in pairs:
         is_text = name in hints and str in (hints[name], *get_args(hints[name]))
         try:
-            parameters[name] = (None if text.lower() in ("null", "none") else text) if is_text else yaml.safe_load(text)
+            value = text if is_text else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
-            parameters[name] = text
+            value = text
+        parameters[name] = None if is_text and text.lower() in ("null", "none") else value
     return check_plain(parameters, "-p")
 
 
-def unknown_name(name: str, known: Any) -> str:
+def unknown_name(name: str, known: Iterable[str], what: str = "parameter") -> str:
+    """Say that a name is unknown, and which known ones are near."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"{name} is no parameter" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"{name} is not a {what}{hint}"
 
 
 def coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
-    """(value as `hint`, None), or (value, what is wrong with it). "3e-4" is a number; YAML reads it as text."""
+    """Return (value as `hint`, None), or (value, what is wrong with it).
+
+    YAML reads 3e-4 as text, so text that spells a number becomes one.
+    """
     if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        return value, None if value in choices else f"{name} is {value!r}; choose from {', '.join(map(repr, choices))}"
+        choices = ", ".join(map(repr, get_args(hint)))
+        problem = None if value in get_args(hint) else f"{name} is {value!r}; choose from {choices}"
+        return value, problem
     optional = types.NoneType in get_args(hint)
     wanted = get_args(hint)[0] if optional else hint
     if value is None and optional:
         return value, None
     if wanted is str and isinstance(value, Path):
         return str(value), None
+    if wanted is float and type(value) is float and not math.isfinite(value):
+        return value, f"{name} is {value}; write a finite number"
+    if wanted is str and type(value) is str and (not value or not value.isprintable()):
+        return value, f"{name} is {value!r}; write text on one line"
     if type(value) is wanted:
-        if wanted is float and value != value or value in (float("inf"), float("-inf")):
-            return value, f"{name} is {value}; write a finite number"
-        if wanted is str and (not value or not value.isprintable()):
-            return value, f"{name} is {value!r}; write text on one line"
         return value, None
-    if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+    is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
+    if wanted in (int, float) and is_number:
         try:
             number = float(value)
-            if wanted is float and abs(number) != float("inf") and number == number or number == int(number):
+            if math.isfinite(number) and (wanted is float or number == int(number)):
                 return wanted(number), None
         except (ValueError, OverflowError):
             pass
-    words = {int: "a whole number", float: "a number", bool: "true or false (True or False in Python)", str: "text"}
+    words = {int: "an integer", float: "a number", str: "text",
+             bool: "true or false (True or False in Python)"}
     return value, f"{name} is {value!r}; write {words[wanted]}{' or null' if optional else ''}"

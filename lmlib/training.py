@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmlib import checkpoint, evaluation, optim
-from lmlib.config import RunConfig, run_key
+from lmlib.config import RunConfig
 from lmlib.data.tokenizer import token_bytes
 from lmlib.data.tokens import TokenStore
 from lmlib.files import os_errors_as_value_errors, read_json, write_json
@@ -73,7 +73,7 @@ def _loop(
 ) -> Iterator[Record]:
     # Where the run stands
     run_dir, dtype = config.run_dir, pick_dtype(config.dtype, device)
-    last = checkpoint.newest_good(run_dir, with_state=True, run=run_key(config))
+    last = checkpoint.newest_good(run_dir, with_state=True, run=config.key())
     state = {"step": 0, "metrics_size": 0, "timing": {}, "skipped": [], "recent_losses": []}
     if last:
         state = checkpoint.read_state(last)

@@ -1,4 +1,7 @@
-"""Prompts in, continuations out."""
+"""Generate text: prompts and settings in, continuations out, whole or as they grow.
+
+Shapes: B prompts, T tokens, N generated tokens.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,108 +15,90 @@ from lmlib.generation.sampling import sample_ids
 from lmlib.generation.settings import Settings
 from lmlib.model.transformer import LanguageModel
 
-ROWS = 16  # prompts written side by side
+ROWS = 16  # prompts per batch
+HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to while a character is incomplete
 
 
 @dataclass
 class Continuation:
-    """What has been written behind one prompt."""
+    """What has been generated after one prompt."""
 
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)
-    text: str = ""  # whole characters only
-    piece: str = ""  # what the last token added to it, often nothing
+    text: str = ""  # complete characters only
+    piece: str = ""  # what the last token added to the text; may be empty
     ended_by: str | None = None  # "length", "end of text", "stop string" or "window"
 
 
-def generate(
-    model: LanguageModel,
-    tokenizer: Any,
-    prompts: list[str] | str | Tensor,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = 0.95,
-    seed: int = 0,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop_strings: tuple[str, ...] | str = (),
-    ignore_eos: bool = False,
-    past_window: str = "slide",
-) -> list[str] | Tensor:
+def generate(model: LanguageModel, tokenizer: Any, prompts: list[str] | str | Tensor,
+             *values: Any, **settings: Any) -> list[str] | Tensor:
     """Continue each prompt.
 
     Args:
-        prompts: strings (one, or a list) of any lengths, or token ids (B, T) int64. An empty one begins a new text.
-        temperature ... past_window: see `Settings`. The same seed gives the same text; a prompt in a list gives
-            what it gives alone.
+        prompts: one string, a list of strings, or token ids (B, T) int64. "" starts a new text.
+        values, settings: max_new_tokens, temperature, top_k, top_p, seed, ...: the fields of
+            `Settings`, in their order or by name. A prompt gets the same continuation alone and
+            in a list.
 
     Returns:
-        The continuations, without their prompts: a list of strings; for ids, ids (B, N), with end-of-text tokens
-        after a text has ended.
+        The continuations without their prompts: a list of strings; for ids, ids (B, N), padded
+        with the end-of-text token.
 
     Raises:
-        ValueError: a setting is out of range, or a prompt is longer than the model's window.
+        ValueError: a setting is invalid, or a prompt is longer than the context window.
     """
-    rest = {"min_p": min_p, "repetition_penalty": repetition_penalty, "stop_strings": stop_strings}
-    rest |= {"ignore_eos": ignore_eos, "past_window": past_window}
-    settings = Settings(max_new_tokens, temperature, top_k, top_p, seed, **rest)
+    chosen = Settings.of(*values, **settings)
     if isinstance(prompts, Tensor):
-        if prompts.dim() != 2 or prompts.is_floating_point() or prompts.numel() < 1:
-            shape = f"{prompts.dtype} {tuple(prompts.shape)}"
-            raise ValueError(f"ids must be whole numbers of shape (B, T), both at least 1; these are {shape}.")
-        texts = complete(generate_ids(model, tokenizer, prompts.tolist(), settings, as_text=bool(settings.stop_strings)))
-        rows = [torch.tensor(text.ids, dtype=torch.int64, device=prompts.device) for text in texts]
-        if len({len(row) for row in rows}) == 1:
-            return torch.stack(rows)
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
+        return _generate_tensor(model, tokenizer, prompts, chosen)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list | tuple):
-        raise ValueError(f"prompts must be text, a list of texts or a tensor of ids, not {type(prompts).__name__}.")
+        kind = type(prompts).__name__
+        raise ValueError(f"prompts must be a string, a list of strings or a tensor, not {kind}.")
     ids = [encode(model, tokenizer, prompt) for prompt in prompts]
-    return [
-        text.text
-        for start in range(0, len(ids), ROWS)
-        for text in complete(generate_ids(model, tokenizer, ids[start : start + ROWS], settings))
-    ]
+    batches = [ids[start : start + ROWS] for start in range(0, len(ids), ROWS)]
+    return [text.text for batch in batches
+            for text in complete(generate_ids(model, tokenizer, batch, chosen))]
 
 
-def stream(
-    model: LanguageModel,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = 0.95,
-    seed: int = 0,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop_strings: tuple[str, ...] | str = (),
-    ignore_eos: bool = False,
-    past_window: str = "slide",
-) -> Iterator[str]:
-    """What `generate` writes for one prompt, piece by piece as it comes; a piece is never half a character.
+def _generate_tensor(model: LanguageModel, tokenizer: Any, ids: Tensor,
+                     settings: Settings) -> Tensor:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() < 1:
+        raise ValueError("ids must be integers of shape (B, T), both at least 1; "
+                         f"these are {ids.dtype} {tuple(ids.shape)}.")
+    steps = generate_ids(model, tokenizer, ids.tolist(), settings, bool(settings.stop_strings))
+    texts = complete(steps)
+    rows = [torch.tensor(text.ids, dtype=torch.int64, device=ids.device) for text in texts]
+    if len({len(row) for row in rows}) == 1:  # which needs no end-of-text token
+        return torch.stack(rows)
+    return torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.eos_token_id)
+
+
+def stream(model: LanguageModel, tokenizer: Any, prompt: str,
+           *values: Any, **settings: Any) -> Iterator[str]:
+    """Yield what `generate` returns for one prompt, piece by piece, in complete characters.
 
     Raises as `generate` does, when the first piece is asked for.
     """
-    rest = {"min_p": min_p, "repetition_penalty": repetition_penalty, "stop_strings": stop_strings}
-    rest |= {"ignore_eos": ignore_eos, "past_window": past_window}
-    settings = Settings(max_new_tokens, temperature, top_k, top_p, seed, **rest)
-    for [text] in generate_ids(model, tokenizer, [encode(model, tokenizer, prompt)], settings):
+    chosen = Settings.of(*values, **settings)
+    for [text] in generate_ids(model, tokenizer, [encode(model, tokenizer, prompt)], chosen):
         yield text.piece
 
 
+# ---------------------------------------------------------------------------------------------
+# Prompt -> ids
+
+
 def encode(model: LanguageModel, tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's token ids; the end-of-text token alone for an empty one.
+    """Return a prompt's token ids; the end-of-text token for an empty one.
 
     Raises:
-        ValueError: it is no text, or longer than the model's window.
+        ValueError: it is not text, or longer than the context window.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"A prompt must be text, not {type(prompt).__name__}.")
-    prompt = prompt.encode("utf-8", "replace").decode()  # half a surrogate pair, from a terminal of another encoding
-    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
+    prompt = prompt.encode("utf-8", "replace").decode()  # a terminal may give lone surrogates
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids or [tokenizer.eos_token_id]
     check_ids(model, ids)
     return ids
 
@@ -121,23 +106,29 @@ def encode(model: LanguageModel, tokenizer: Any, prompt: str) -> list[int]:
 def check_ids(model: LanguageModel, ids: list[int]):
     window, vocab_size = model.config.sequence_length, model.config.vocab_size
     if len(ids) > window:
-        raise ValueError(f"The prompt has {len(ids)} tokens and the model's window is {window}: shorten the prompt.")
+        raise ValueError(f"The prompt has {len(ids)} tokens and the model's context window is "
+                         f"{window}: shorten the prompt.")
     if min(ids) < 0 or max(ids) >= vocab_size:
         raise ValueError(f"ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
 
 
 def check_top_k(model: LanguageModel, settings: Settings):
-    if settings.top_k and settings.top_k > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the vocabulary, or 0 for all.")
+    size = model.config.vocab_size
+    if settings.top_k and settings.top_k > size:
+        raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the "
+                         "vocabulary, or 0 for all.")
 
 
-def generate_ids(
-    model: LanguageModel, tokenizer: Any, prompts: list[list[int]], settings: Settings, as_text: bool = True
-) -> Iterator[list[Continuation]]:
-    """Continue prompts of any lengths side by side: after each step the same continuations, grown by a token each.
+# ---------------------------------------------------------------------------------------------
+# Ids -> continuations
 
-    What has ended grows no more; when all have, the iteration ends. Without `as_text` only ids are kept.
+
+def generate_ids(model: LanguageModel, tokenizer: Any, prompts: list[list[int]],
+                 settings: Settings, as_text: bool = True) -> Iterator[list[Continuation]]:
+    """Continue prompts of any lengths as one batch.
+
+    Yields the same continuations after each token; those that have ended no longer grow. Without
+    `as_text` only their ids are kept.
     """
     check_top_k(model, settings)
     for ids in prompts:
@@ -154,7 +145,7 @@ def generate_ids(
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.piece = ""
             if text.ended_by is None:
-                _extend(text, token, eos, settings, window)
+                _append(text, token, eos, settings, window)
                 if as_text:
                     detokenize(text, tokenizer, settings.stop_strings)
         yield texts
@@ -162,7 +153,7 @@ def generate_ids(
             return
 
 
-def _extend(text: Continuation, token: int, eos: int | None, settings: Settings, window: int):
+def _append(text: Continuation, token: int, eos: int | None, settings: Settings, window: int):
     text.ids.append(token)
     if token == eos:
         text.ended_by = "end of text"
@@ -173,40 +164,40 @@ def _extend(text: Continuation, token: int, eos: int | None, settings: Settings,
 
 
 def detokenize(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ()):
-    """Bring a continuation's text up to its tokens."""
-    written = _decode_continuation(tokenizer, text)
-    if not text.ended_by:  # trailing bytes may be a character's first
-        written = written.rstrip("\N{REPLACEMENT CHARACTER}")
+    """Update a continuation's text from its ids, and end it at a stop string.
+
+    Ids are decoded after the end of the prompt: some decoders drop a leading space, and the prompt
+    may end in the middle of a character.
+    """
+    before = text.prompt_ids[-8:]
+    whole, prompt = (tokenizer.decode(ids, skip_special_tokens=True)
+                     for ids in (before + text.ids, before))
+    decoded = whole[len(prompt.rstrip(HALF)) :]
+    if not text.ended_by:  # trailing bytes may be the start of a character
+        decoded = decoded.rstrip(HALF)
     for stop in stop_strings:
-        found = written.find(stop, max(0, len(text.text) - len(stop) + 1))
+        found = decoded.find(stop, max(0, len(text.text) - len(stop) + 1))
         if found >= 0:
-            written, text.ended_by = written[: found + len(stop)], "stop string"
-    text.piece = written[len(text.text) :]
+            decoded, text.ended_by = decoded[: found + len(stop)], "stop string"
+    text.piece = decoded[len(text.text) :]
     text.text += text.piece
 
 
-def _decode_continuation(tokenizer: Any, text: Continuation) -> str:
-    """The text of a continuation's tokens, read behind the end of its prompt: some decoders drop a leading space, and
-    the prompt may end in half a character."""
-    before = text.prompt_ids[-8:]
-    whole, prompt = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before + text.ids, before))
-    return whole[len(prompt.rstrip("\N{REPLACEMENT CHARACTER}")) :]
-
-
 def complete(steps: Iterator[list[Continuation]]) -> list[Continuation]:
-    """The continuations of `write` once all have ended."""
-    for texts in steps:  # noqa: B007 (the last one is wanted)
+    """Return the continuations of `generate_ids` once all have ended."""
+    for texts in steps:  # noqa: B007 (only the last one is wanted)
         pass
     return texts
 
 
 def describe_continuation(text: Continuation, window: int, seconds: float) -> str:
-    """How long a text is, how fast it came, why it ended, and whether it has outgrown the model's window."""
-    reasons = {"length": "max_new_tokens reached", "end of text": "the model ended it", "stop string": "a stop string"}
-    reasons["window"] = f"the window of {window} tokens is full"
-    line = f"{len(text.ids)} tokens, {len(text.ids) / max(seconds, 1e-9):.0f} a second"
+    """Say how long a continuation is, how fast it came, and why it ended."""
+    reasons = {"length": "max_new_tokens reached", "end of text": "end-of-text token",
+               "stop string": "stop string", "window": f"the context window of {window} is full"}
+    speed = len(text.ids) / max(seconds, 1e-9)
+    line = f"{len(text.ids)} tokens, {speed:.0f} tokens/s"
     if text.ended_by:
         line += f"; {reasons[text.ended_by]}"
     if len(text.prompt_ids) + len(text.ids) > window:
-        line += f"; past the model's window, it saw only the last {window} tokens"
+        line += f"; longer than the context window: the model saw only the last {window} tokens"
     return line

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lmlib import checkpoint, optim
-from lmlib.config import ONLY_MLA, ONLY_MOE, RunConfig, fixed
+from lmlib.config import RunConfig
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.data.tokens import TokenStore
@@ -32,7 +32,7 @@ def merge_recorded(config: RunConfig) -> RunConfig:
             config = replace(config, **{name: recorded[name]})
     recorded = {**RunConfig().to_dict(), **recorded}  # a parameter that came later had its default
     different = [
-        f"{name} is {value!r} and was {recorded[name]!r}" for name, value in fixed(config).items() if value != recorded[name]
+        f"{name} is {value!r} and was {recorded[name]!r}" for name, value in config.fixed_parameters().items() if value != recorded[name]
     ]
     if config.total_steps < recorded["total_steps"]:
         different.append(f"total_steps is {config.total_steps} and was {recorded['total_steps']}; it may only grow")
@@ -56,10 +56,7 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
     if source is None:
         return LanguageModel(config)
     theirs = huggingface.config_of(source)
-    names = ["attention", "feed_forward", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-    names += ["attention_bias", "tie_word_embeddings", "rope_theta", "causal_mask"]
-    names += sorted(ONLY_MLA) if config.attention == "mla" else []
-    names += sorted(ONLY_MOE) if config.feed_forward == "moe" else ["intermediate_size"]
+    names = config.model_parameters()
     different = [f"{name} to {getattr(theirs, name)!r}" for name in names if getattr(theirs, name) != getattr(config, name)]
     if different:
         raise ValueError(f"The model in {source} has another shape. To start from it, set {', '.join(different)}.")

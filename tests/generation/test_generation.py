@@ -217,7 +217,7 @@ def test_settings_out_of_range_are_named(loaded, settings, sentence):
 
 
 def test_a_prompt_must_be_text_and_fit_the_window(loaded):
-    with pytest.raises(ValueError, match="the model's window is 64: shorten the prompt"):
+    with pytest.raises(ValueError, match="the model's context window is 64: shorten the prompt"):
         lmlib.generate(*loaded, ["word " * 200])
     with pytest.raises(ValueError, match="A prompt must be text"):
         lmlib.generate(*loaded, [5])
