@@ -1,8 +1,9 @@
-"""Checkpoints on disk: write, verify, read.
+"""Checkpoints on disk: write, verify, choose, read.
 
-A checkpoint is a Hugging Face model folder with checkpoint.json beside the model's files: their sizes and sha256,
-written last. training_state/ holds what continuing needs, under a manifest of its own. Tensors are
-safetensors and the rest JSON; nothing is ever unpickled.
+A checkpoint is a Hugging Face model folder. checkpoint.json beside the model's files is its
+manifest: the size and SHA-256 of every file, written last. training_state/ holds what resuming
+needs, with a manifest of its own (state.json). Tensors are safetensors and the rest is JSON, so
+nothing is ever unpickled.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,38 +23,43 @@ from torch import Tensor
 
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import load_tokenizer
-from lmlib.files import file_sha256, resolve_path, sync_folder, utc_now, write_json
+from lmlib.files import file_sha256, read_mapping, resolve_path, sync_folder, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model import huggingface
+from lmlib.model.huggingface import CheckpointError
 from lmlib.model.transformer import LanguageModel
 
 FORMAT = 1
+STATES_KEPT = 2  # the newest checkpoints keep their training state: twice as large as the weights
 
 
-STATES_KEPT = 2  # the newest so many checkpoints keep their training state
+# ---------------------------------------------------------------------------------------------
+# Write
 
 
 class Saver:
-    """Saves checkpoints one at a time; in the background if asked, from a copy that stays on the device.
+    """Save checkpoints one at a time; on CUDA in the background, from a copy on the device.
 
-    A save that failed in the background is raised by the next call, whichever it is.
+    A background save that failed raises its error at the next call of any method.
     """
 
     def __init__(self, background: bool):
         self.pool = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
 
-    def save(self, run_dir: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], **rest: Any):
-        """As `save_checkpoint`; returns once the tensors may change again."""
+    def save(self, run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor],
+             **rest: Any):
+        """Call `save_checkpoint`; returns once the tensors may change again."""
         self.wait()
         if self.pool is None:
-            save_checkpoint(run_dir, step, weights, optimizer, **rest)
+            save_checkpoint(run_dir, weights, optimizer, **rest)
             return
-        weights, optimizer = ({k: t.clone() for k, t in tensors.items()} for tensors in (weights, optimizer))
-        self.pending = self.pool.submit(save_checkpoint, run_dir, step, weights, optimizer, **rest)
+        copies = ({name: tensor.clone() for name, tensor in tensors.items()}
+                  for tensors in (weights, optimizer))
+        self.pending = self.pool.submit(save_checkpoint, run_dir, *copies, **rest)
 
     def check(self):
-        """Raise what a background save has failed of, if one has."""
+        """Raise the error of a background save that has failed."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
@@ -63,127 +70,80 @@ class Saver:
             pending.result()
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    *,
-    config: RunConfig,
-    tokenizer: Any,
-    val_loss: float,
-    val_loss_step: int,
-    scheduled: bool,
-    state: dict[str, Any],
-    leaks: str = "",
-) -> Path:
-    """Write checkpoints/checkpoint_step_<step>, whole or not at all, and prune old training states.
+def save_checkpoint(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], *,
+                    config: RunConfig, tokenizer: Any, state: dict[str, Any], scheduled: bool,
+                    leaks: str = "") -> Path:
+    """Write checkpoints/checkpoint_step_<step>, all of it or nothing, and prune old ones.
 
-    Everything is written and flushed to disk in a folder beside, which is renamed into place at the end.
+    Everything is written and flushed to a draft folder, which is renamed into place at the end.
 
     Args:
-        weights: what `model_tensors` gives.
-        optimizer: what `optim.state_tensors` gives.
-        val_loss_step: the step that was last evaluated, on or before this one.
-        scheduled: False for one made on interruption, which goes when a later one is saved.
-        state: what else continuing needs; goes into training_state/state.json.
-        leaks: the checks that the run failed and was allowed to; marks the model's config.json, the manifest and the card.
+        weights: from `huggingface.model_tensors`.
+        optimizer: from `optim.state_tensors`.
+        state: the fields of `training.Progress`, for state.json.
+        scheduled: False for a checkpoint made on interruption, which a later one replaces.
+        leaks: the failed checks that `allow_leaks` let pass; they mark every file people read.
 
     Raises:
-        CheckpointError: it could not be written (the disk is full, say), or a weight is not finite; older
-            checkpoints are untouched.
+        CheckpointError: a weight is not finite, or the disk refuses. Older checkpoints are intact.
     """
-    parent = run_dir / "checkpoints"
+    step, parent = state["step"], run_dir / "checkpoints"
     final, draft = parent / f"checkpoint_step_{step}", parent / f".draft_step_{step}"
-    state_dir = draft / "training_state"
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise huggingface.CheckpointError(
-            f"The weights of step {step} are not all finite ({', '.join(broken[:3])}), so they are not saved. The earlier "
-            "checkpoints are untouched: start a run of another name with a lower learning_rate."
-        )
+        raise CheckpointError(
+            f"The weights of step {step} are not all finite ({', '.join(broken[:3])}), so they are "
+            "not saved. The earlier checkpoints are intact: start a run with another run_name and "
+            "a lower learning_rate.")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         parent.mkdir(exist_ok=True)
-        check_space(parent, sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values())))
-        state_dir.mkdir(parents=True)
-        save_file(_on_cpu(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        stock = huggingface.stock_config(config, tokenizer)
-        if leaks:
-            setattr(stock, LEAKY, leaks)
-        stock.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        write_json(draft / "generation_config.json", _generation_config(tokenizer))
-        origin = {"run": config.key(), "step": step}
-        score = {"val_loss": val_loss, "val_loss_step": val_loss_step, **({LEAKY: leaks} if leaks else {})}
-        manifest = write_manifest(draft, {**origin, **score, "timestamp": utc_now(), "scheduled": scheduled}, "checkpoint.json")
-        if leaks:  # in no manifest, so that people may add to it
-            (draft / "README.md").write_text(huggingface.model_card(config, step, val_loss, val_loss_step, leaks), "utf-8")
-        save_file(_on_cpu(optimizer), state_dir / "optimizer.safetensors")
-        model_sha256 = manifest["files"]["model.safetensors"]["sha256"]
-        write_manifest(state_dir, {**origin, "model_sha256": model_sha256, **state}, "state.json")
-        for folder in (state_dir, draft):
-            sync_folder(folder)
-        if final.exists():  # a damaged one that this run was resumed behind
+        check_space(parent, sum(t.nbytes for t in (*weights.values(), *optimizer.values())))
+        (draft / "training_state").mkdir(parents=True)
+        model = _write_model(draft, weights, config, tokenizer, state, scheduled, leaks)
+        save_file(_on_cpu(optimizer), draft / "training_state" / "optimizer.safetensors")
+        write_manifest(draft / "training_state", "state.json", {
+            "run": model["run"], "model_sha256": model["files"]["model.safetensors"]["sha256"],
+            **state})
+        sync_folder(draft / "training_state")
+        sync_folder(draft)
+        if final.exists():  # corrupted: the run resumed from an earlier one
             shutil.rmtree(final)
         draft.rename(final)
         sync_folder(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise huggingface.CheckpointError(
-            f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some space or choose "
-            "another output_dir; the earlier checkpoints are untouched."
-        ) from error
+        raise CheckpointError(
+            f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some "
+            "space or choose another output_dir; the earlier checkpoints are intact.") from error
     prune(run_dir)
     return final
 
 
-def check_space(folder: Path, needed: int):
-    """Raise a CheckpointError if the disk that holds `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if free < needed:
-        raise huggingface.CheckpointError(
-            f"The checkpoints need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
-            "make room, raise checkpoint_every, or choose another output_dir."
-        )
+def _write_model(folder: Path, weights: dict[str, Tensor], config: RunConfig, tokenizer: Any,
+                 state: dict[str, Any], scheduled: bool, leaks: str) -> dict[str, Any]:
+    """Write the Hugging Face folder and its manifest, which is returned."""
+    step, val_loss, val_loss_step = state["step"], state["scores"]["val_loss"], state["scored"]
+    save_file(_on_cpu(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    stock = huggingface.stock_config(config, tokenizer)
+    if leaks:
+        setattr(stock, LEAKY, leaks)
+    stock.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    special = {name: getattr(tokenizer, name)
+               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json",
+               {name: value for name, value in special.items() if value is not None})
+    manifest = write_manifest(folder, "checkpoint.json", {
+        "run": config.key(), "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
+        **({LEAKY: leaks} if leaks else {}), "timestamp": utc_now(), "scheduled": scheduled})
+    if leaks:  # after the manifest, since people may edit a model card
+        card = huggingface.model_card(config, step, val_loss, val_loss_step, leaks)
+        (folder / "README.md").write_text(card, "utf-8")
+    return manifest
 
 
-def disk_needed(weights: dict[str, Tensor], optimizer_bytes: int, checkpoints: int) -> int:
-    """Bytes that so many more checkpoints take, with the training states of the newest and one being written."""
-    each = sum(tensor.nbytes for tensor in weights.values()) + 1_000_000  # the tokenizer, roughly
-    return checkpoints * each + min(checkpoints, STATES_KEPT + 1) * optimizer_bytes
-
-
-def prune(run_dir: Path):
-    """Delete drafts, checkpoints of interruptions that a later one supersedes, and all but the newest training states."""
-    parent = run_dir / "checkpoints"
-    for leftover in parent.glob(".*_step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for step in checkpoint_steps(run_dir)[:-1]:
-        folder = parent / f"checkpoint_step_{step}"
-        if _is_superseded(folder):
-            _remove(folder)
-    for step in checkpoint_steps(run_dir)[:-STATES_KEPT]:
-        _remove(parent / f"checkpoint_step_{step}" / "training_state")
-
-
-def _is_superseded(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "checkpoint.json").read_bytes())["scheduled"] is False
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, or another version's: left alone
-        return False
-
-
-def _remove(folder: Path):
-    """Delete a folder, out of sight first, so that it is never found half-deleted."""
-    if folder.exists():
-        doomed = next(path for path in folder.parents if path.name == "checkpoints") / f".doomed_step_{folder.parent.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def write_manifest(folder: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
-    """Flush every file of `folder` to disk, then write `name`: content, and each file's size and sha256."""
+def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Flush the files of `folder` to disk, then write `name`: content, and their size and hash."""
     files = {}
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         with open(file, "rb") as handle:
@@ -195,60 +155,129 @@ def write_manifest(folder: Path, content: dict[str, Any], name: str) -> dict[str
     return manifest
 
 
-def _generation_config(tokenizer: Any) -> dict[str, Any]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+def check_space(folder: Path, needed: int):
+    """Raise a CheckpointError if the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < needed:
+        raise CheckpointError(
+            f"The checkpoints need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB "
+            "free: free some space, raise checkpoint_every, or choose another output_dir.")
+
+
+def prune(run_dir: Path):
+    """Delete drafts, superseded checkpoints of interruptions, and all but the newest states."""
+    parent, steps = run_dir / "checkpoints", checkpoint_steps(run_dir)
+    for leftover in parent.glob(".*_step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for step in steps[:-1]:
+        folder = parent / f"checkpoint_step_{step}"
+        if read_mapping(folder / "checkpoint.json").get("scheduled") is False:
+            _remove(folder, step)
+    for step in checkpoint_steps(run_dir)[:-STATES_KEPT]:
+        _remove(parent / f"checkpoint_step_{step}" / "training_state", step)
+
+
+def _remove(folder: Path, step: int):
+    """Delete a folder after renaming it, so that nobody finds it half-deleted."""
+    if folder.exists():
+        parent = next(path for path in folder.parents if path.name == "checkpoints")
+        doomed = parent / f".deleted_step_{step}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Verify and choose
+
+
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints that stand in a run's folder, damaged ones too, ascending."""
-    names = (re.fullmatch(r"checkpoint_step_(\d+)", path.name) for path in (run_dir / "checkpoints").glob("checkpoint_*"))
-    return sorted(int(match[1]) for match in names if match)
+    """Return the steps of a run's checkpoints, corrupted ones too, in ascending order."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("checkpoint_*")]
+    return sorted(step for step in map(_step_of, names) if step is not None)
+
+
+def _step_of(name: str) -> int | None:
+    match = re.fullmatch(r"checkpoint_step_(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
-    """The manifest of `folder`, once each file it lists has the size and sha256 it says.
+    """Return the manifest of `folder` if every file has the size and SHA-256 that it lists.
 
     Raises:
-        CheckpointError: what is wrong, with the file's name.
+        CheckpointError: says which file is wrong.
     """
     try:
         manifest = json.loads((folder / name).read_bytes())
-        digest = manifest.pop("digest")
-        if digest != _digest(manifest):
-            raise huggingface.CheckpointError(f"{folder} is damaged: {name} does not match its own digest.")
+        if manifest.pop("digest") != _digest(manifest):
+            raise CheckpointError(f"{folder} is corrupted: {name} does not match its own digest.")
         if manifest["format"] != FORMAT:
-            raise huggingface.CheckpointError(f"{folder} has format {manifest['format']}; this lmlib reads format {FORMAT}.")
+            raise CheckpointError(f"{folder} has format {manifest['format']}; this version of "
+                                  f"lmlib reads format {FORMAT}.")
         for file, expected in manifest["files"].items():
             path = folder / Path(file).name
             if not path.is_file():
-                raise huggingface.CheckpointError(f"{folder} is damaged: {file} is missing.")
+                raise CheckpointError(f"{folder} is corrupted: {file} is missing.")
             if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
-                raise huggingface.CheckpointError(f"{folder} is damaged: {file} is not the file that was saved.")
-    except huggingface.CheckpointError:
+                raise CheckpointError(f"{folder} is corrupted: {file} has changed.")
+    except CheckpointError:
         raise
     except FileNotFoundError:
-        raise huggingface.CheckpointError(f"{folder} is no finished checkpoint: {name} is missing.") from None
+        raise CheckpointError(f"{folder} is incomplete: {name} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise huggingface.CheckpointError(f"{folder} is damaged: {name} cannot be read ({type(error).__name__}).") from None
-    if (match := re.fullmatch(r"checkpoint_step_(\d+)", folder.name)) and int(match[1]) != manifest.get("step"):
-        raise huggingface.CheckpointError(f"{folder} is mixed up: it holds step {manifest.get('step')}.")
+        reason = type(error).__name__
+        raise CheckpointError(f"{folder} is corrupted: {name} cannot be read ({reason}).") from None
+    if _step_of(folder.name) not in (None, manifest.get("step")):
+        raise CheckpointError(f"{folder} is misnamed: it contains step {manifest.get('step')}.")
     return manifest
 
 
 def verify_state(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's training state, once it is whole and belongs to these weights."""
-    weights, state = verify(folder), verify(folder / "training_state", "state.json")
-    if (state.get("step"), state.get("model_sha256")) != (
-        weights["step"],
-        weights["files"]["model.safetensors"]["sha256"],
-    ):
-        raise huggingface.CheckpointError(f"{folder} is mixed up: its training state belongs to other weights.")
+    """Return the manifest of a checkpoint's training state, if it belongs to these weights."""
+    model, state = verify(folder), verify(folder / "training_state", "state.json")
+    weights = model["step"], model["files"]["model.safetensors"]["sha256"]
+    if (state.get("step"), state.get("model_sha256")) != weights:
+        raise CheckpointError(f"{folder} is corrupted: its training state has other weights.")
     return state
+
+
+def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None) -> Path | None:
+    """Return the newest checkpoint that verifies and belongs to this run; None if there are none.
+
+    Each one passed over is warned of.
+
+    Args:
+        with_state: it must have a training state that verifies too.
+        run: the run's `RunConfig.key()`; None takes that of the config.json in its folder.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is usable.
+    """
+    failures, run = [], run or _recorded_key(run_dir)
+    for step in reversed(checkpoint_steps(run_dir)):
+        folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
+        try:
+            _verify_of_run(folder, run, verify_state if with_state else verify)
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
+        return folder
+    if failures:
+        raise CheckpointError(
+            "No checkpoint is usable:\n" + "\n".join(f"  - {failure}" for failure in failures)
+            + "\nRestore a copy of one of these folders, or start a run with another run_name.")
+    return None
 
 
 def _recorded_key(run_dir: Path) -> str | None:
@@ -256,102 +285,72 @@ def _recorded_key(run_dir: Path) -> str | None:
     return config and config.key()
 
 
-def _check_origin(folder: Path, manifest: dict[str, Any], run: str | None):
+def _verify_of_run(folder: Path, run: str | None, check: Callable[[Path], dict[str, Any]]):
+    manifest = check(folder)
     if run is not None and manifest.get("run", run) != run:
-        raise huggingface.CheckpointError(
-            f"{folder} is foreign: it was saved by another run than the one whose folder it lies in."
-        )
-
-
-def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None) -> Path | None:
-    """The newest checkpoint that is whole and of this run, with its training state if asked. Each one passed over is
-    warned of.
-
-    Args:
-        run: the run's `run_key`; None takes that of the config.json in its folder.
-
-    Returns None if there is no checkpoint at all.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is good.
-    """
-    failures, run = [], run or _recorded_key(run_dir)
-    for step in reversed(checkpoint_steps(run_dir)):
-        folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
-        try:
-            _check_origin(folder, (verify_state if with_state else verify)(folder), run)
-        except huggingface.CheckpointError as error:
-            failures.append(str(error))
-            continue
-        for failure in failures:
-            warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
-        return folder
-    if failures:
-        raise huggingface.CheckpointError(
-            "No checkpoint can be used:\n"
-            + "\n".join(f"  - {failure}" for failure in failures)
-            + "\nBring back a copy of one of these folders, or start a run of another name."
-        )
-    return None
+        raise CheckpointError(f"{folder} belongs to another run than the folder it is in.")
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
-    """The model folder that `path` means: itself, or the checkpoint of a run (the newest good one if step is None).
+    """Return the model folder that `path` names: itself, or a checkpoint of that run.
+
+    Args:
+        step: which checkpoint of the run; None takes the newest that verifies.
 
     Raises:
-        CheckpointError: there is none, the step is unknown (those there are get listed), or it is damaged.
+        CheckpointError: there is none, the step is unknown (the others are listed), or it is
+            corrupted.
     """
     folder = resolve_path(path)
     if not folder.exists():
-        raise huggingface.CheckpointError(f"There is no folder {path}. `python -m lmlib runs` lists the runs.")
-    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        raise CheckpointError(f"There is no folder {path}. `lmlib runs` lists the runs.")
+    if any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         if step is not None:
-            raise huggingface.CheckpointError(f"{path} is one model, so step={step} means nothing; give the run's folder.")
+            raise CheckpointError(f"{path} is a single model, so step={step} does not apply; give "
+                                  "the run's folder.")
         if (folder / "checkpoint.json").exists():
             verify(folder)
         return folder
     if not (folder / "checkpoints").is_dir():
-        raise huggingface.CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
+        raise CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
     steps = checkpoint_steps(folder)
-    if step is not None and step not in steps:
-        raise huggingface.CheckpointError(
-            f"{path} has no checkpoint of step {step}; it has: {', '.join(map(str, steps)) or 'none'}."
-        )
     if step is None:
-        found = newest_good(folder)
-        if found is None:
-            raise huggingface.CheckpointError(f"{path} has no checkpoint yet.")
-        return found
+        if not steps:
+            raise CheckpointError(f"{path} has no checkpoint yet.")
+        return newest_good(folder)
+    if step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{path} has no checkpoint of step {step}; it has: {known}.")
     found = folder / "checkpoints" / f"checkpoint_step_{step}"
-    _check_origin(found, verify(found), _recorded_key(folder))
+    _verify_of_run(found, _recorded_key(folder), verify)
     return found
 
 
-def load(path: str | Path, step: int | None = None, device: str = "cpu") -> tuple[LanguageModel, Any]:
-    """A model in float32 and evaluation mode, and its tokenizer.
+# ---------------------------------------------------------------------------------------------
+# Read
+
+
+def load(path: str | Path, step: int | None = None,
+         device: str = "cpu") -> tuple[LanguageModel, Any]:
+    """Load a model, in float32 and evaluation mode, and its tokenizer.
 
     Args:
-        path: a run's folder, a checkpoint, or a Hugging Face folder of a class that lmlib saves.
+        path: a run's folder, a checkpoint, or a Hugging Face folder of a class that lmlib reads.
         step: which checkpoint of the run; None takes the newest that verifies.
 
     Raises:
-        CheckpointError: nothing usable there, or the folder has settings that lmlib lacks (named).
+        CheckpointError: nothing usable is there, or the model has settings that lmlib lacks.
     """
     folder = find_checkpoint(path, step)
-    config = huggingface.config_of(folder)
-    model = huggingface.load_weights(folder, config).to(device).eval()
-    return model, load_tokenizer(str(folder))
+    model = huggingface.load_weights(folder, huggingface.read_config(folder))
+    return model.to(device).eval(), load_tokenizer(str(folder))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a verified training state says beside its tensors."""
+    """Return state.json of a verified checkpoint."""
     return json.loads((folder / "training_state" / "state.json").read_bytes())
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
-    """The optimiser's tensors of a verified training state."""
+    """Return the optimizer tensors of a verified checkpoint."""
     return load_file(folder / "training_state" / "optimizer.safetensors")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

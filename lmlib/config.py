@@ -48,7 +48,7 @@ class RunConfig:
     deterministic: bool = False       # deterministic algorithms only (CPU runs are exact anyway)
 
     # Text
-    corpus: str = "shakespeare"       # or a .txt/.jsonl/.parquet file or folder, or a dataset's name
+    corpus: str = "shakespeare"       # or a .txt/.jsonl/.parquet file, a folder, a dataset id
     corpus_config: str | None = None  # configuration of a Hugging Face dataset
     corpus_split: str = "train"       # split of a Hugging Face dataset
     text_column: str = "text"         # column with the text (.jsonl, .parquet, Hugging Face)

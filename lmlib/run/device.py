@@ -1,4 +1,4 @@
-"""Device and numerics."""
+"""Where a run computes: device, type and PyTorch's global numerics."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,18 @@ from lmlib.config import RunConfig
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one."""
+    """Return the device of that name; "auto" is CUDA if available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, and torch finds {torch.cuda.device_count()} CUDA devices here.")
+        raise ValueError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA "
+                         "devices here: choose 'auto' or 'cpu'.")
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type for autocast; on CPUs without bfloat16 units bfloat16 is far slower."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
@@ -27,14 +29,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
-    """TF32 on CUDA where float32 products remain; only repeatable algorithms if `deterministic`. Undone after."""
-    precision, was_deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    change = config.deterministic and not was_deterministic  # the call alone imports a compiler, for seconds
+    """Use TF32 for float32 products on CUDA, and deterministic algorithms if asked; undo it after.
+
+    Deterministic algorithms are not switched on unasked: the call imports a compiler, for seconds.
+    """
+    precision = torch.get_float32_matmul_precision()
+    change = config.deterministic and not torch.are_deterministic_algorithms_enabled()
     try:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if change:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what repeatable CUDA products need
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
             torch.use_deterministic_algorithms(True)
         yield
     finally:

@@ -1,6 +1,5 @@
-"""Who writes to a run: lock, heartbeat, status, stop."""
+"""Who writes to a run's folder: the lock, the heartbeat, the run's status, requests to stop."""
 
-import fcntl
 import json
 import math
 import os
@@ -13,71 +12,89 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lmlib.files import read_json, utc_now
+from filelock import FileLock, Timeout
+
+from lmlib.files import read_mapping, utc_now
+
+BEAT = 5.0  # seconds between heartbeats
 
 
-def lock_holder(run_dir: Path) -> str | None:
-    """The process that holds the run, as "pid on machine"; None if none does."""
-    try:
-        file = open(run_dir.parent / ".locks" / f"{run_dir.name}.lock")  # noqa: SIM115 (closed below)
-    except OSError:
-        return None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except OSError:
-            return file.read().strip() or "unknown"
+# ---------------------------------------------------------------------------------------------
+# Lock
 
 
-def _take(file: Any):
-    """Lock a file, waiting a moment for one who only looks whether it is locked; OSError if somebody holds it."""
-    for _ in range(5):
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        time.sleep(0.02)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock_file(run_dir: Path) -> Path:
+    return run_dir.parent / ".locks" / f"{run_dir.name}.lock"  # outside what users copy and delete
 
 
 @contextmanager
 def hold_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run for this process. The system drops the lock with the process, so a stale one is no obstacle.
+    """Hold the run for this process.
+
+    The system drops the lock when the process ends, even by a kill, so no stale lock remains.
 
     Raises:
         ValueError: another process holds it; its pid is named.
     """
-    path = run_dir.parent / ".locks" / f"{run_dir.name}.lock"
+    path = _lock_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            _take(file)
-        except OSError:
-            file.seek(0)
-            raise ValueError(
-                f"{run_dir} is being written by process {file.read().strip() or 'unknown'}; "
-                "stop that one first, or choose another run_name."
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.1, poll_interval=0.02)  # `lock_holder` may hold it for an instant
+    except Timeout:
+        raise ValueError(f"{run_dir} is being written by process {_pid(path)}; stop that one "
+                         "first, or choose another run_name.") from None
+    try:
+        path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         yield
+    finally:
+        lock.release()
 
 
-BEAT = 5.0  # seconds between two signs of life
+def lock_holder(run_dir: Path) -> str | None:
+    """Return the process that holds the run, as "pid on machine"; None if none does."""
+    return _pid(_lock_file(run_dir)) if _is_locked(run_dir) else None
+
+
+def _is_locked(run_dir: Path) -> bool | None:
+    """Say whether the run is locked; None where this user may not look."""
+    lock = FileLock(_lock_file(run_dir))
+    try:
+        if not Path(lock.lock_file).exists():
+            return False
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return None
+    lock.release()
+    return False
+
+
+def _pid(lock_file: Path) -> str:
+    try:
+        return lock_file.with_suffix(".pid").read_text().strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------
+# Heartbeat and status
 
 
 @contextmanager
 def heartbeat(run_dir: Path) -> Iterator[None]:
-    """While the run goes on, renew heartbeat.json every BEAT seconds, from a thread, so that whoever sees the folder can
-    tell it from a dead one; removed at the end, left behind by a kill."""
+    """Rewrite heartbeat.json every BEAT seconds from a thread, so that readers see the run alive.
+
+    The file is removed at the end; a kill leaves it behind, and its age tells.
+    """
     path, ended = run_dir / "heartbeat.json", threading.Event()
-    sign = json.dumps({"pid": os.getpid(), "machine": platform.node(), "started": utc_now()})
+    content = {"pid": os.getpid(), "machine": platform.node(), "started": utc_now()}
 
     def beat():
         while True:
-            with suppress(OSError):  # a full disk is the saver's to report
-                path.write_text(sign)
+            with suppress(OSError):  # a full disk is for the saver to report
+                path.write_text(json.dumps(content))
             if ended.wait(BEAT):
                 return
 
@@ -91,22 +108,20 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
         thread.join()
         with suppress(OSError):
             path.unlink(missing_ok=True)
-            run_dir.rmdir()  # if nothing came of it
+            run_dir.rmdir()  # succeeds only if the run has written nothing
 
 
 def run_status(run_dir: Path) -> str:
-    """A run's state: "finished", "running", "died" (its last sign of life is old, or its process gone), "stopped", "empty"."""
+    """Return "running", "finished", "died" (a heartbeat is left), "stopped" or "empty"."""
+    beat = run_dir / "heartbeat.json"
     try:
-        age = time.time() - (run_dir / "heartbeat.json").stat().st_mtime
+        age = time.time() - beat.stat().st_mtime
     except OSError:
         age = math.inf
-    try:
-        sign = read_json(run_dir / "heartbeat.json")
-    except ValueError:  # caught half-written
-        sign = None
     if age < math.inf:
-        here = isinstance(sign, dict) and sign.get("machine") == platform.node()
-        if lock_holder(run_dir) is not None if here else age < 6 * BEAT:
+        here = read_mapping(beat).get("machine") == platform.node()
+        locked = _is_locked(run_dir) if here else None
+        if age < 6 * BEAT if locked is None else locked:
             return "running"
     if (run_dir / "results.json").exists():
         return "finished"
@@ -115,11 +130,18 @@ def run_status(run_dir: Path) -> str:
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
 
 
+# ---------------------------------------------------------------------------------------------
+# Stop
+
+
 @contextmanager
 def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
-    """Yields a function that says why the run should stop, or "". A second Ctrl-C interrupts at once."""
+    """Yield a function that says why the run should stop, or "" if it should not.
+
+    Ctrl-C, SIGTERM and a file named `stop` ask; a second Ctrl-C interrupts at once.
+    """
     asked: list[str] = []
-    (run_dir / "stop").unlink(missing_ok=True)  # meant for an earlier session
+    (run_dir / "stop").unlink(missing_ok=True)  # it was meant for an earlier session
 
     def note(number: int, frame: Any):
         if asked:
@@ -129,11 +151,12 @@ def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
     def reason() -> str:
         if (run_dir / "stop").exists():
             (run_dir / "stop").unlink(missing_ok=True)
-            asked.append("python -m lmlib stop")
+            asked.append("lmlib stop")
         return asked[0] if asked else ""
 
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    in_main = threading.current_thread() is threading.main_thread()  # signals arrive only there
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, note) for number in signals}
     try:
         yield reason
     finally:

@@ -1,4 +1,4 @@
-"""The checks before step 1."""
+"""The audit of a run before step 1: refuse a leak, or mark the run if `allow_leaks` permits it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +20,31 @@ from lmlib.leaks import Leaky, known_leaks
 from lmlib.model.transformer import LanguageModel
 
 
-def before_training(
-    config: RunConfig, model: LanguageModel, store: TokenStore, windows: Tensor, parent: Path | None = None
-) -> dict[str, Any]:
-    """What the cheap checks of a run find: its model, its labels, its held-out windows (W, T + 1) and how they are scored; and
-    whether the `parent` whose weights it starts from leaked.
+def before_training(config: RunConfig, model: LanguageModel, store: TokenStore, windows: Tensor,
+                    parent: Path | None = None) -> dict[str, Any]:
+    """Run the checks that take seconds, and check that `parent`, if any, did not leak.
+
+    Args:
+        windows: the validation windows, (W, T + 1).
+        parent: the model folder that the run is initialized from.
 
     Returns:
-        `passed`, `allow_leaks`, `leaks` (the failed checks that a run may not fail, as text), and `verdicts`: a sentence a check.
+        `passed`, `allow_leaks`, `leaks` (the failed checks that no run may fail, as text), and
+        `verdicts`: one sentence per check.
 
     Raises:
-        Leaky: the run leaks, and its `allow_leaks` is false.
+        Leaky: the run leaks and `allow_leaks` is false.
     """
-    reports = checks(config, model, store, windows)
+    reports = quick_checks(config, model, store, windows)
     if parent and (theirs := known_leaks(parent)):
-        reports.append(Report("init_from", False, f"the model that it starts from leaks ({theirs})."))
-    leaks = [report for report in reports if report.passed is False and _refuses(config, report)]
+        summary = f"the model that it starts from leaks ({theirs})."
+        reports.append(Report("init_from", False, summary))
+    leaks = [report for report in reports if report.passed is False and _is_refused(config, report)]
     if leaks and not config.allow_leaks:
         found = "\n".join(f"  - {report.check}: {report.summary}" for report in leaks)
-        raise Leaky(
-            f"This run leaks, so its scores would mean nothing, and nothing was trained:\n{found}\n"
-            "Mend it; or, to see what a leak does, set allow_leaks: true, which marks everything that the run shows."
-        )
+        raise Leaky(f"This run leaks, so its scores would be meaningless; nothing was trained:\n"
+                    f"{found}\nFix the leak. To study what it does, set allow_leaks: true, which "
+                    "marks every result of the run.")
     return {
         "passed": all(report.passed is not False for report in reports),
         "allow_leaks": config.allow_leaks,
@@ -50,40 +53,44 @@ def before_training(
     }
 
 
-def checks(config: RunConfig, model: LanguageModel, store: TokenStore, windows: Tensor) -> list[Report]:
-    """The cheap checks, each of a second or less for quickstart."""
+def quick_checks(config: RunConfig, model: LanguageModel, store: TokenStore,
+                 windows: Tensor) -> list[Report]:
+    """Run the checks that take a second or less each for quickstart."""
     (ids, targets), V = store.batch(1), config.vocab_size
     length = max(2, config.sequence_length)
-    return [
-        check_causality(model, V, length, quick=True),
-        check_batch_independence(model, V, length, quick=True),
-        check_cache(model, V, min(length, 12)),
-        *([check_labels(model, ids[:2], targets[:2], vocab_size=V)] if config.sequence_length > 1 else []),
-        _check_split(config, store, windows),
-        _check_evaluation(model, windows),
-    ]
+    reports = [check_causality(model, V, length, quick=True),
+               check_batch_independence(model, V, length, quick=True),
+               check_cache(model, V, min(length, 12))]
+    if config.sequence_length > 1:
+        reports.append(check_labels(model, ids[:2], targets[:2], vocab_size=V))
+    return [*reports, check_split_of(config, store, windows), check_evaluation_of(model, windows)]
 
 
-def _check_evaluation(model: LanguageModel, windows: Tensor) -> Report:
-    """Of the evaluation that runs are scored by, on four windows."""
-    four = windows[torch.arange(4) % len(windows)]
-    return check_evaluation(lambda model, rows: float(evaluation.score_windows(model, rows, 2)[0].mean()), model, four)
+def check_evaluation_of(model: LanguageModel, windows: Tensor) -> Report:
+    """Check the evaluation that scores runs, on four windows."""
+
+    def mean_loss(model: LanguageModel, rows: Tensor) -> float:
+        return float(evaluation.score_windows(model, rows, 2)[0].mean())
+
+    return check_evaluation(mean_loss, model, windows[torch.arange(4) % len(windows)])
 
 
-def _check_split(config: RunConfig, store: TokenStore, windows: Tensor) -> Report:
-    found = check_windows(store.train, windows, _run_of_words(store))
-    if config.split == "windows" and found.passed is not False:  # too short to show it
-        return replace(found, passed=False, summary=f"training and held-out windows overlap in one text. {found.summary}")
-    return found
+def check_split_of(config: RunConfig, store: TokenStore, windows: Tensor) -> Report:
+    """Check whether validation windows are in training text."""
+    report = check_windows(store.train, windows, tokens_per_ngram(store))
+    if config.split == "windows" and report.passed is not False:  # too short to show it
+        return replace(report, passed=False, summary="training and validation windows overlap in "
+                                                     f"one text. {report.summary}")
+    return report
 
 
-def _run_of_words(store: TokenStore) -> int:
-    """How many tokens are as long as 13 English words, of 5.4 bytes each with the space behind."""
-    side = store.info["training"]
-    return max(NGRAM, round(NGRAM * 5.4 * side["tokens"] / max(1, side["bytes"])))
+def tokens_per_ngram(store: TokenStore) -> int:
+    """Return how many tokens are as long as 13 English words, of 5.4 bytes with their space."""
+    training = store.info["training"]
+    return max(NGRAM, round(NGRAM * 5.4 * training["tokens"] / max(1, training["bytes"])))
 
 
-def _refuses(config: RunConfig, report: Report) -> bool:
-    """Whether a run that fails a check is refused. Text that both sides happen to share is only said; a split that cuts
-    both sides from one text is a leak by its making."""
+def _is_refused(config: RunConfig, report: Report) -> bool:
+    """Whether failing this check is a leak. Text that happens to be in both splits is only
+    reported; a split that cuts both from one text leaks by construction."""
     return report.check != "split" or config.split == "windows"

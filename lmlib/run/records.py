@@ -1,4 +1,4 @@
-"""Records of a run."""
+"""What a run writes down: its records (metrics.jsonl), and what results.json says of it."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmlib.config import RunConfig
 from lmlib.leaks import LEAKY, LEAKY_NAME
 from lmlib.text import format_duration, printable
 
@@ -14,8 +15,9 @@ from lmlib.text import format_duration, printable
 class Record:
     """One line of metrics.jsonl: what happened at a step.
 
-    `kind` is "audit", "step", "eval", "sample", "checkpoint", "profile" or "done" (or "spike", "nonfinite", "out_of_memory").
-    Its values are attributes too: `record.loss`, `record.val_loss`. What depends on clock or machine stands in `timing`.
+    `kind` is "audit", "step", "eval", "sample", "checkpoint", "profile" or "done"; or "spike",
+    "nonfinite", "out_of_memory". Values are attributes too: `record.loss`, `record.val_loss`. What
+    depends on the clock or the machine is in `timing`, so that the rest repeats exactly.
     """
 
     kind: str
@@ -27,18 +29,41 @@ class Record:
         for values in (self.__dict__.get("values", {}), self.__dict__.get("timing", {})):
             if name in values:
                 return values[name]
-        raise AttributeError(f"a record of kind {self.__dict__.get('kind')!r} has no {name!r}")
+        kind = self.__dict__.get("kind")
+        raise AttributeError(f"a record of kind {kind!r} has no {name!r}")
 
     def to_json(self) -> str:
-        return json.dumps({"kind": self.kind, "step": self.step, **self.values, "timing": self.timing})
+        return json.dumps({"kind": self.kind, "step": self.step, **self.values,
+                           "timing": self.timing})
+
+
+def parse_record(line: str) -> Any:
+    """Parse a line of metrics.jsonl; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run as dicts; lines that cannot be parsed are left out."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return [record for record in map(parse_record, lines) if isinstance(record, dict)]
 
 
 class Metrics:
-    """metrics.jsonl, opened at the byte that a checkpoint recorded: all that came after it is forgotten."""
+    """metrics.jsonl, open for appending.
+
+    It is truncated to the size that the checkpoint recorded: what came later will come again.
+    """
 
     def __init__(self, path: Path, size: int):
         if size > (path.stat().st_size if path.exists() else 0):
-            raise ValueError(f"{path} is shorter than its checkpoint says; it was changed by hand.")
+            raise ValueError(f"{path} is shorter than its checkpoint says, so it was edited or "
+                             "truncated: restore it, or choose another run_name.")
         self.file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
         self.file.truncate(size)
 
@@ -47,7 +72,7 @@ class Metrics:
         self.file.flush()
 
     def size(self) -> int:
-        """Bytes so far, flushed to disk."""
+        """Flush to disk and return the size in bytes."""
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
 
@@ -55,44 +80,63 @@ class Metrics:
         self.file.close()
 
 
-def parse_record(line: str) -> Any:
-    """What a line of metrics.jsonl says, whatever it is; None where it is no JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+# ---------------------------------------------------------------------------------------------
+# For people
 
 
-def describe(record: Any, total_steps: int) -> str:
-    """A record as a line of plain text."""
-    leaky = LEAKY_NAME if record.values.get(LEAKY) else ""
-    if record.kind == "step":
-        return (
-            f"Step {record.step}/{total_steps}: Loss={record.loss:.4f} | {record.tokens_per_second:,.0f} tokens/s"
-            f" | {record.utilization:.0%} of peak | {format_duration(record.seconds_left)} left"
-        )
-    if record.kind == "audit":
-        if record.leaks:
-            return printable(f"⚠ This run LEAKS ({record.leaks}), and was allowed to: no score of it is a language model's.")
-        failed = [name for name, verdict in record.verdicts.items() if not verdict.startswith("pass")]
-        return f"Audit: {', '.join(record.verdicts)}: " + (f"⚠ see {', '.join(failed)} in results.json" if failed else "passed")
-    if record.kind == "eval":
-        return (
-            f"   Val Loss: {record.val_loss:.4f}, Val Acc: {record.val_accuracy:.4f},"
-            f" Perplexity: {record.val_perplexity:.2f}, Bits per byte: {record.val_bits_per_byte:.4f}{leaky}"
-        )
-    if record.kind == "sample":
-        prompt, text = (json.dumps(part[0], ensure_ascii=False) for part in (record.prompts, record.texts))
-        return printable(f"   Text: {prompt} → {text}")
-    if record.kind == "checkpoint":
-        return f"💾 Checkpoint saved: {record.path}"
-    if record.kind == "profile":
-        first, last = record.val_loss_by_position[0], record.val_loss_by_position[-1]
-        return f"   Held-out loss at the first position of a window: {first:.4f}, at the last: {last:.4f}"
-    if record.kind == "done":
-        return (
-            f"Done: {record.step} steps, held-out loss {record.val_loss:.4f}, bits per byte {record.val_bits_per_byte:.4f}{leaky}"
-        )
-    if record.kind == "spike":
-        return f"Step {record.step}/{total_steps}: ⚠ the loss leapt to {record.loss:.4f} from about {record.usual_loss:.4f}"
-    return f"Step {record.step}/{total_steps}: ⚠ {record.kind} {record.values}"
+def describe(record: Record, total_steps: int) -> str:
+    """Describe a record in one line of plain text."""
+    r, at = record, f"Step {record.step}/{total_steps}"
+    leaky = LEAKY_NAME if r.values.get(LEAKY) else ""
+    if r.kind == "step":
+        return (f"{at}: Loss={r.loss:.4f} | {r.tokens_per_second:,.0f} tokens/s | "
+                f"{r.utilization:.0%} MFU | {format_duration(r.seconds_left)} left")
+    if r.kind == "eval":
+        return (f"   Val Loss: {r.val_loss:.4f}, Val Acc: {r.val_accuracy:.4f}, Perplexity: "
+                f"{r.val_perplexity:.2f}, Bits per byte: {r.val_bits_per_byte:.4f}{leaky}")
+    if r.kind == "audit" and r.leaks:
+        return printable(f"⚠ This run LEAKS ({r.leaks}), which allow_leaks permits: its scores "
+                         "are not those of a language model.")
+    if r.kind == "audit":
+        failed = [name for name, text in r.verdicts.items() if not text.startswith("pass")]
+        verdict = f"⚠ see {', '.join(failed)} in results.json" if failed else "passed"
+        return f"Audit: {', '.join(r.verdicts)}: {verdict}"
+    if r.kind == "sample":
+        prompt, text = (json.dumps(part[0], ensure_ascii=False) for part in (r.prompts, r.texts))
+        return printable(f"   Sample: {prompt} → {text}")
+    if r.kind == "checkpoint":
+        return f"💾 Checkpoint saved: {r.path}"
+    if r.kind == "profile":
+        first, last = r.val_loss_by_position[0], r.val_loss_by_position[-1]
+        return f"   Validation loss at a window's first position: {first:.4f}, last: {last:.4f}"
+    if r.kind == "done":
+        return (f"Done: {r.step} steps, validation loss {r.val_loss:.4f}, bits per byte "
+                f"{r.val_bits_per_byte:.4f}{leaky}")
+    if r.kind == "spike":
+        return f"{at}: ⚠ the loss spiked to {r.loss:.4f} from about {r.usual_loss:.4f}"
+    return f"{at}: ⚠ {r.kind} {r.values}"
+
+
+def model_name(config: RunConfig) -> str:
+    """Name the model as Experiment 8 does: attention_mlp_512d, moe_8e_2k_512d."""
+    kind = "mlp"
+    if config.feed_forward == "moe":
+        kind = f"moe_{config.num_experts}e_{config.num_experts_per_tok}k"
+    return f"{'attention_' if config.attention == 'mla' else ''}{kind}_{config.hidden_size}d"
+
+
+def measured_on(config: RunConfig, windows: int, store_info: dict[str, Any]) -> dict[str, Any]:
+    """Say what the scores in results.json were measured on."""
+    source = config.validation_corpus or f"documents of {config.corpus} not used for training"
+    source = f"validation text ({source})"
+    if config.split == "windows":
+        source = f"NOT held out (windows of {config.corpus} that overlap training windows)"
+    validation, training = store_info["held-out"], store_info["training"]
+    return {
+        "scores": f"{source}, {windows} windows of {config.sequence_length} tokens, after the "
+                  "last step",
+        "held_out_share_of_tokens": store_info["held_out_share"],
+        "held_out_documents": validation["documents"],
+        "training_documents": training["documents"],
+        "training_tokens": training["tokens"],
+    }

@@ -1,7 +1,10 @@
-"""Where a run starts."""
+"""Where a run starts, decided once: new, from another model, from its own checkpoint, or nowhere.
+
+A finished run starts nowhere: training it again changes nothing.
+"""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,79 @@ from lmlib.config import RunConfig
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.files import display_path, os_errors_as_value_errors, read_json, resolve_path
+from lmlib.files import (
+    display_path,
+    os_errors_as_value_errors,
+    read_json,
+    read_mapping,
+    resolve_path,
+)
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.device import pick_device, pick_dtype
+
+
+@dataclass(frozen=True)
+class Start:
+    """How `train(config)` starts."""
+
+    config: RunConfig  # with what it leaves open taken from the run's folder
+    device: torch.device
+    dtype: torch.dtype
+    step: int  # updates made so far
+    source: Path | None  # verified model folder with the weights; None: random weights
+    resumes: bool  # the source is a checkpoint of this run, with its training state
+    tokenizer: str | None  # folder of the tokenizer that the weights need; None: config.tokenizer
+    results: dict[str, Any] | None  # results.json if the run is finished, else None
+    steps: list[int]  # of the run's checkpoints when this was decided
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the optimizer state is loaded from the source too."""
+        return self.resumes or (self.source is not None and self.config.init_state == "full")
+
+
+def find_start(config: RunConfig) -> Start:
+    """Decide how the run of `config` starts, reading its folder and its parent's.
+
+    Raises:
+        ValueError: the folder has a run with other parameters, no checkpoint is usable, the parent
+            or its tokenizer does not fit, or the device is not there. Nothing was written.
+    """
+    config, device = merge_recorded(config), pick_device(config.device)
+    run_dir, steps = config.run_dir, checkpoint.checkpoint_steps(config.run_dir)
+    results = read_json(run_dir / "results.json")
+    is_finished = isinstance(results, dict) and results.get("total_steps") == config.total_steps
+    step, source, tokenizer = 0, None, None
+    if is_finished:
+        step = config.total_steps
+    elif steps:
+        source = checkpoint.newest_good(run_dir, with_state=True, run=config.key())
+        step = checkpoint.read_state(source)["step"]
+    elif results is not None:
+        raise ValueError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
+                         "resume: choose another run_name.")
+    elif config.init_from:
+        source = checkpoint.find_checkpoint(config.init_from, config.init_step)
+        tokenizer = _tokenizer_of(config, source)
+        if source != resolve_path(config.init_from):  # a run, of which a step was chosen
+            config = replace(config, init_step=read_mapping(source / "checkpoint.json")["step"])
+        step = _state_step(source) if config.init_state == "full" else 0
+    if source and config.init_from:
+        tokenizer = str(source)
+    if step > config.total_steps:
+        raise ValueError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
+    return Start(config, device, pick_dtype(config.dtype, device), step, source,
+                 resumes=bool(steps) and not is_finished, tokenizer=tokenizer,
+                 results=results if is_finished else None, steps=steps)
 
 
 def merge_recorded(config: RunConfig) -> RunConfig:
-    """`config`, with what it leaves open taken from the run that stands in its folder, if one does.
+    """Fill in what `config` leaves open from the run in its folder, if there is one.
 
     Raises:
-        ValueError: that run was made with other parameters; each is named with both values.
+        ValueError: that run has other parameters; each is named with both values.
     """
     recorded = read_json(config.run_dir / "config.json")
     if recorded is None:
@@ -30,100 +95,87 @@ def merge_recorded(config: RunConfig) -> RunConfig:
     for name in ("vocab_size", "init_step"):
         if getattr(config, name) is None and recorded.get(name) is not None:
             config = replace(config, **{name: recorded[name]})
-    recorded = {**RunConfig().to_dict(), **recorded}  # a parameter that came later had its default
-    different = [
-        f"{name} is {value!r} and was {recorded[name]!r}" for name, value in config.fixed_parameters().items() if value != recorded[name]
-    ]
+    recorded = {**RunConfig().to_dict(), **recorded}  # parameters newer than the run: defaults
+    different = [f"{name} is {value!r} and was {recorded[name]!r}"
+                 for name, value in config.fixed_parameters().items() if value != recorded[name]]
     if config.total_steps < recorded["total_steps"]:
-        different.append(f"total_steps is {config.total_steps} and was {recorded['total_steps']}; it may only grow")
+        different.append(f"total_steps is {config.total_steps} and was "
+                         f"{recorded['total_steps']}; it may only grow")
     if different:
-        raise ValueError(
-            f"{config.run_dir} holds a run made with other parameters:\n"
-            + "\n".join(f"  - {line}" for line in different)
-            + "\nChoose another run_name, or give these the values they had."
-        )
+        lines = "\n".join(f"  - {line}" for line in different)
+        raise ValueError(f"{config.run_dir} has a run with other parameters:\n{lines}\n"
+                         "Choose another run_name, or set these to the values they had.")
     return config
 
 
-def finished_results(config: RunConfig) -> dict[str, Any] | None:
-    """results.json, if the run in the folder has made all the steps that are asked for."""
-    results = read_json(config.run_dir / "results.json")
-    return results if isinstance(results, dict) and results.get("total_steps") == config.total_steps else None
+def _tokenizer_of(config: RunConfig, source: Path) -> str:
+    """Check that the tokenizer asked for, if any, is the one the weights were trained with."""
+    if config.tokenizer != "train":
+        asked, known = load_tokenizer(config.tokenizer), load_tokenizer(str(source))
+        if asked.get_vocab() != known.get_vocab():
+            raise ValueError(
+                f"The tokenizer {config.tokenizer} is not the one that {config.init_from} was "
+                "trained with; leave `tokenizer` at 'train' to use that one.")
+    return str(source)
+
+
+def _state_step(source: Path) -> int:
+    if not (source / "training_state").exists():
+        raise ValueError(
+            f"{source} has no training state any more (only the newest "
+            f"{checkpoint.STATES_KEPT} checkpoints of a run keep theirs), so its optimizer cannot "
+            "resume; use init_state: weights.")
+    return checkpoint.verify_state(source)["step"]
+
+
+def open_store(start: Start) -> TokenStore:
+    """Return the run's tokens, preparing them if no run before has."""
+    config, tokenizer = start.config, start.tokenizer
+    if start.results and config.init_from:  # finished: its checkpoints have the parent's tokenizer
+        tokenizer = str(checkpoint.newest_good(config.run_dir))
+    with os_errors_as_value_errors(config.run_dir):
+        return prepare(config, tokenizer=tokenizer)
 
 
 def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
-    """Random weights by the seed, or those of a checkpoint, whose shape must be this run's."""
+    """Return a model with random weights, or with those in `source`, whose shape must be equal."""
     if source is None:
         return LanguageModel(config)
-    theirs = huggingface.config_of(source)
-    names = config.model_parameters()
-    different = [f"{name} to {getattr(theirs, name)!r}" for name in names if getattr(theirs, name) != getattr(config, name)]
+    theirs = huggingface.read_config(source)
+    different = [f"{name} to {getattr(theirs, name)!r}" for name in config.model_parameters()
+                 if getattr(theirs, name) != getattr(config, name)]
     if different:
-        raise ValueError(f"The model in {source} has another shape. To start from it, set {', '.join(different)}.")
+        raise ValueError(f"The model in {source} has another shape. To start from it, set "
+                         f"{', '.join(different)}.")
     return huggingface.load_weights(source, config)
 
 
-def parent_of(config: RunConfig) -> Path | None:
-    """The model folder that the run starts from; None for random weights and for a run that has a checkpoint."""
-    if checkpoint.checkpoint_steps(config.run_dir):
-        return None
-    return checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
-
-
-def open_store(config: RunConfig) -> TokenStore:
-    """The tokens that a run trains and is judged on, in its own tokenizer or, with `init_from`, in its parent's."""
-    with os_errors_as_value_errors(config.run_dir):
-        own = checkpoint.newest_good(config.run_dir) if config.init_from else None
-        return prepare(config, tokenizer=str(own) if own else tokenizer_of(config, parent_of(config)))
-
-
-def greeting(config: RunConfig) -> str:
-    """What `train(config)` is about to do, in a line; ValueError if the folder holds another run."""
-    config = merge_recorded(config)
-    folder, recorded = display_path(config.run_dir), read_json(config.run_dir / "config.json")
-    steps = checkpoint.checkpoint_steps(config.run_dir)
-    if finished_results(config):
-        return f"{folder} is finished: {config.total_steps} steps. To go on, raise total_steps."
-    if not steps:
-        line = f"A new run of {config.total_steps} steps in {folder}."
-        if config.vocab_size is not None:
-            with torch.device("meta"):
-                model = LanguageModel(config)
-            needed = disk_needed(config, model, optim.build_optimizers(model, config), 0)
-            line += f" {parameter_count(model):,} parameters; its checkpoints will take {needed / 1e9:.2g} GB."
-        return line
-    line = f"Going on after step {steps[-1]} of {config.total_steps} in {folder}."
-    if recorded and recorded["total_steps"] < config.total_steps:
-        line += f" The cosine that was to end at step {recorded['total_steps']} is stretched to the new end."
-    return line
-
-
-def tokenizer_of(config: RunConfig, parent: Path | None) -> str | None:
-    """The folder whose tokenizer a run must use because its weights were trained with it.
-
-    Raises:
-        ValueError: another tokenizer was asked for.
-    """
-    if parent is None:
-        return None
-    if config.tokenizer != "train":
-        asked, known = load_tokenizer(config.tokenizer), load_tokenizer(str(parent))
-        if asked.get_vocab() != known.get_vocab():
-            raise ValueError(
-                f"The tokenizer {config.tokenizer} is not the one that {config.init_from} was trained with; "
-                "leave `tokenizer` at 'train' to use that one."
-            )
-    return str(parent)
-
-
-def disk_needed(config: RunConfig, model: LanguageModel, optimizers: list[torch.optim.Optimizer], step: int) -> int:
-    """Bytes that the checkpoints of a run will take from `step` on."""
+def disk_needed(config: RunConfig, model: LanguageModel,
+                optimizers: list[torch.optim.Optimizer], step: int) -> int:
+    """Return the bytes that the checkpoints of a run will take from `step` on."""
     count = math.ceil((config.total_steps - step) / config.checkpoint_every)
-    return checkpoint.disk_needed(huggingface.model_tensors(model), optim.state_bytes(optimizers), count)
+    tensors = huggingface.model_tensors(model).values()
+    each = sum(tensor.nbytes for tensor in tensors) + 1_000_000  # roughly, a tokenizer
+    states = min(count, checkpoint.STATES_KEPT + 1)  # one is being written
+    return count * each + states * optim.state_bytes(optimizers)
 
 
-def step_of(config: RunConfig, parent: Path | None) -> int | None:
-    """The step of its parent run that a run starts from, if `init_from` names a run and not one model."""
-    if parent is None or parent == resolve_path(config.init_from):
-        return config.init_step
-    return checkpoint.verify(parent)["step"]
+def greeting(start: Start) -> str:
+    """Say in one line what `train(config)` is about to do."""
+    config, folder = start.config, display_path(start.config.run_dir)
+    if start.results:
+        return (f"{folder} is finished: {config.total_steps} steps. To continue, raise "
+                "total_steps.")
+    if start.resumes:
+        line = f"Resuming from step {start.step} of {config.total_steps} in {folder}."
+        ended = (read_json(config.run_dir / "config.json") or {}).get("total_steps", math.inf)
+        if ended < config.total_steps:
+            line += f" The cosine that ended at step {ended} is stretched to the new end."
+        return line
+    line = f"A new run of {config.total_steps} steps in {folder}."
+    if config.vocab_size is not None:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        needed = disk_needed(config, model, optim.build_optimizers(model, config), start.step)
+        line += f" {parameter_count(model):,} parameters; checkpoints: {needed / 1e9:.2g} GB."
+    return line
