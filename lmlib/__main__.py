@@ -1,4 +1,4 @@
-"""python -m lmlib: see lmlib/cli/parser.py."""
+"""`python -m lmlib` is the command `lmlib`; see lmlib/cli/parser.py."""
 
 import sys
 

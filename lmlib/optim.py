@@ -1,19 +1,22 @@
-"""Optimisers: Muon for the matrices inside layers, AdamW for the rest; and the schedule they share."""
+"""Optimizers: Muon for the matrices inside layers, AdamW for the rest; and their schedule."""
 
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lmlib.config import RunConfig
 
-FINAL_LR_FRACTION = 0.1  # the cosine ends at this share of the peak
+FINAL_LR_FRACTION = 0.1  # of the peak learning rate, at the end of the cosine
 
 
 def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
-    """The share of the peak learning rate that update `step` (1 .. total_steps) uses: a straight line up
-    over the warmup, then a cosine down to `FINAL_RATE` at the last step."""
+    """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak.
+
+    It rises linearly over the warmup and falls along a cosine to `FINAL_LR_FRACTION`.
+    """
     warmup = round(warmup_ratio * total_steps)
     if step <= warmup:
         return step / warmup
@@ -22,14 +25,14 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: every singular value goes to between 0.7 and 1.2.
+    """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (E, rows, columns).
 
-    Five steps of the quintic Newton-Schulz iteration, coefficients from Keller Jordan's "Muon" (2024).
-    Shape (rows, columns) in and out, or a stack of such matrices (E, rows, columns), each for itself.
+    Five quintic Newton-Schulz steps bring every singular value to between 0.7 and 1.2. The
+    coefficients are from Keller Jordan's "Muon" (2024): fast near zero rather than exact near one.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
-    wide = matrix.shape[-2] <= matrix.shape[-1]
+    wide = matrix.shape[-2] <= matrix.shape[-1]  # the Gram matrix of the shorter side is smaller
     x = (matrix if wide else matrix.mT).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -38,14 +41,11 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x if wide else x.mT
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update for each matrix is orthogonalised (Keller Jordan, 2024), with decoupled weight decay.
+class Muon(Optimizer):
+    """Nesterov momentum with orthogonalized updates (Keller Jordan, 2024), decoupled decay."""
 
-    An update is scaled by sqrt(max(1, rows / columns)), so that one rate serves every shape. Newton-Schulz
-    runs in bfloat16 on CUDA and float32 elsewhere, where bfloat16 is slow.
-    """
-
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0,
+                 momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -56,68 +56,71 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(matrix)
                 state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
-                update = orthogonalize(update, torch.bfloat16 if matrix.is_cuda else torch.float32)
+                update = matrix.grad.lerp(state["momentum"], group["momentum"])
+                # bfloat16 is precise enough for Newton-Schulz, but slow on CPUs.
+                dtype = torch.bfloat16 if matrix.is_cuda else torch.float32
+                update = orthogonalize(update, dtype).to(matrix.dtype)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                # One learning rate serves matrices of every shape with this scale.
                 scale = max(1.0, matrix.shape[-2] / matrix.shape[-1]) ** 0.5
-                matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * scale)
+                matrix.add_(update, alpha=-group["lr"] * scale)
 
 
-def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers of a run, each group with its `peak_lr`. Weight decay touches matrices, not norms or biases."""
-    decoder = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
-    others = {id(p) for p in decoder}
-    tables = [p for p in model.parameters() if p.dim() == 2 and id(p) not in others]  # embedding, untied head
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
+    """Return the optimizers of a run, each of whose groups knows its `peak_lr`."""
+    matrices, tables, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)  # norms and biases
+        else:  # inside a layer, or the embedding and an untied head
+            (matrices if "layers." in name else tables).append(parameter)
 
-    def adamw(matrices: list[Tensor]) -> torch.optim.Optimizer:
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-
-    if config.optimizer == "adamw":
-        optimizers = [adamw(decoder + tables)]
-    else:
-        optimizers = [Muon(decoder, config.muon_learning_rate, config.weight_decay), adamw(tables)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    muon = config.optimizer == "muon"
+    # Norms and biases do not decay: a norm's scale belongs near 1, not near 0.
+    groups = [{"params": tables if muon else matrices + tables},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95),
+                                    weight_decay=config.weight_decay, fused=True)]
+    if muon:
+        optimizers.insert(0, Muon(matrices, config.muon_learning_rate, config.weight_decay))
+    for group in _groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], share: float):
-    """Set every group's learning rate to `share` of its peak."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak_lr"] * share
+def set_learning_rates(optimizers: list[Optimizer], fraction: float):
+    """Set every group's learning rate to `fraction` of its peak."""
+    for group in _groups(optimizers):
+        group["lr"] = group["peak_lr"] * fraction
 
 
-def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All optimiser state as named tensors: "<parameter>/<quantity>"."""
+def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Return all optimizer state as named tensors: "<parameter>/<quantity>"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{quantity}": tensor
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for quantity, tensor in state.items()
-    }
+    return {f"{names[parameter]}/{quantity}": tensor
+            for optimizer in optimizers
+            for parameter, state in optimizer.state.items()
+            for quantity, tensor in state.items()}
 
 
-def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]):
-    """Put back what `state_tensors` gave, on each parameter's device (where fused AdamW wants its step counter too)."""
+def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
+    """Restore what `state_tensors` returned."""
     parameters = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    state = {parameter: optimizer.state for optimizer in optimizers
+             for group in optimizer.param_groups for parameter in group["params"]}
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
         parameter = parameters[name]
-        owner[parameter].state[parameter][quantity] = tensor.to(parameter.device)
+        # Fused AdamW wants even its step counter on the parameter's device.
+        state[parameter][parameter][quantity] = tensor.to(parameter.device)
 
 
-def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """Bytes of the state that these optimisers will hold: one tensor a parameter for Muon, two for AdamW."""
-    return sum(
-        parameter.nbytes * (1 if isinstance(optimizer, Muon) else 2)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+def state_bytes(optimizers: list[Optimizer]) -> int:
+    """Count the bytes of state: one tensor per parameter for Muon, two for AdamW."""
+    tensors = {optimizer: 1 if isinstance(optimizer, Muon) else 2 for optimizer in optimizers}
+    return sum(parameter.nbytes * count for optimizer, count in tensors.items()
+               for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _groups(optimizers: list[Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]

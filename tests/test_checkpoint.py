@@ -163,14 +163,14 @@ def test_a_whole_checkpoint_under_another_steps_name_is_refused(run):
     folders = [run / "checkpoints" / f"checkpoint_step_{step}" for step in (15, 20)]
     shutil.rmtree(folders[1])
     shutil.copytree(folders[0], folders[1])
-    with pytest.warns(UserWarning, match="mixed up: it holds step 15"):
+    with pytest.warns(UserWarning, match="misnamed: it contains step 15"):
         assert checkpoint.newest_good(run) == folders[0]
 
 
 def test_when_none_is_good_each_is_named(run):
     for folder in (run / "checkpoints").iterdir():
         (folder / "config.json").write_text("{}")
-    with pytest.raises(huggingface.CheckpointError, match="(?s)No checkpoint can be used.*step_20.*step_15.*step_10.*step_5"):
+    with pytest.raises(huggingface.CheckpointError, match="(?s)No checkpoint is usable.*step_20.*step_15.*step_10.*step_5"):
         lmlib.load(run)
 
 
@@ -212,17 +212,15 @@ def save_again(run, background=False, step=25, scheduled=True):
     model, tokenizer = lmlib.load(run, 20)
     saver = checkpoint.Saver(background)
     optimizer = checkpoint.read_optimizer(source)
+    scores = {"scores": {"val_loss": 1.0}, "scored": step}
     saver.save(
         run,
-        step,
         huggingface.model_tensors(model),
         optimizer,
         config=lmlib.RunConfig.load(run / "config.json"),
         tokenizer=tokenizer,
-        val_loss=1.0,
-        val_loss_step=step,
         scheduled=scheduled,
-        state={},
+        state={"step": step, **scores},
     )
     return saver, model
 
@@ -289,9 +287,9 @@ def test_a_checkpoint_of_another_run_is_passed_over(run, smoke):
     list(lmlib.train(other))
     shutil.copytree(other.run_dir / "checkpoints" / "checkpoint_step_25", run / "checkpoints" / "checkpoint_step_25")
     for with_state in (False, True):
-        with pytest.warns(UserWarning, match="step_25 is foreign: .* Falling back to step 20"):
+        with pytest.warns(UserWarning, match="step_25 belongs to another run .* Falling back to step 20"):
             assert checkpoint.newest_good(run, with_state).name == "checkpoint_step_20"
-    with pytest.raises(huggingface.CheckpointError, match="is foreign"):
+    with pytest.raises(huggingface.CheckpointError, match="belongs to another run"):
         lmlib.load(run, step=25)
 
 

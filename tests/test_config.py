@@ -103,7 +103,7 @@ def test_command_line_values_are_typed_by_their_parameter():
     assert given == {"total_steps": 5, "run_name": "7", "corpus_config": None, "deterministic": False}
     with pytest.raises(ValueError, match="not a valid parameter name"):
         parse_overrides([("x = 1; import os", "1")], get_type_hints(RunConfig))
-    with pytest.raises(ValueError, match="corpus_split holds control characters"):
+    with pytest.raises(ValueError, match="corpus_split contains control characters"):
         parse_overrides([("corpus_split", "a\nimport os")], get_type_hints(RunConfig))
 
 

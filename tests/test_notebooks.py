@@ -1,4 +1,4 @@
-"""The notebooks: thin, equal to the library, and run for real by papermill and nbval."""
+"""The notebooks: short, in step with the library, and executed by papermill and nbval."""
 
 import json
 import os
@@ -24,13 +24,15 @@ def code_cells(path):
 
 
 def texts(book) -> str:
-    """All that a notebook's cells printed or showed as text."""
+    """Return all that a notebook's cells printed or displayed as text."""
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
-    return "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
+    return "".join(
+        str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_call_and_define_nothing(path):
+def test_notebooks_are_short_and_define_nothing(path):
     cells = code_cells(path)
     assert 0 < len(cells) <= 12
     assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == cells[:1]
@@ -39,12 +41,14 @@ def test_notebooks_call_and_define_nothing(path):
     for cell in cells:
         assert not re.search(r"^\s*(def|class) ", cell.source, re.MULTILINE)
     book = nbformat.read(path, 4)
-    assert book.metadata.kernelspec.name == "python3" and book.metadata.kernelspec.language == "python"
+    assert (
+        book.metadata.kernelspec.name == "python3" and book.metadata.kernelspec.language == "python"
+    )
     assert path.stat().st_size < 1_000_000
 
 
-def test_the_parameters_cell_is_runconfig_line_by_line():
-    """Name, value and comment of each parameter, in order; so a JupyterLab user sees all there is."""
+def test_the_parameters_cell_repeats_runconfig_line_by_line():
+    """Name, default and comment of each parameter, in order: a JupyterLab user sees them all."""
     source = (PROJECT_ROOT / "lmlib" / "config.py").read_text()
     body = source[source.index("# fmt: off") : source.index("# fmt: on")]
     declared = re.findall(r"^    (\w+): .+? = (\".*?\"|\S+)\s+# (.*)$", body, re.MULTILINE)
@@ -56,7 +60,7 @@ def test_the_parameters_cell_is_runconfig_line_by_line():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_by_papermill(path, trained, tmp_path):
-    """curves, generate, compare and audit read finished runs; train makes its own."""
+    """curves, generate, compare and audit read finished runs; train trains its own."""
     run_name = "notebook" if path.stem == "train" else "trained"
     parameters = {"output_dir": str(trained.output_dir), "run_name": run_name}
     if path.stem == "compare":
@@ -71,32 +75,57 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
         assert "Step 20/20: Loss=" in shown and "Val Loss:" in shown and "**HAMLET**" in shown
         assert (trained.run_dir.parent / "notebook" / "training_curves.png").exists()
     if path.stem == "generate":
-        assert "Checkpoints: 5 10 15 20" in shown and "Once upon a time" in shown and "step 15" in shown
+        assert (
+            "Checkpoints: 5 10 15 20" in shown
+            and "Once upon a time" in shown
+            and "step 15" in shown
+        )
     if path.stem == "compare":
-        assert "Suggested: {'learning_rate'" in shown and "3steps-rate0.01-0.02 finished" in shown and "trained" in shown
+        assert (
+            "Suggested: {'learning_rate'" in shown
+            and "3steps-rate0.01-0.02 finished" in shown
+            and "trained" in shown
+        )
     if path.stem == "audit":
         assert "pass       causality" in shown and "pass       record" in shown
     if path.stem in ("train", "curves", "compare", "audit"):
-        kinds = [set(o.data) for cell in book.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o]
+        kinds = [
+            set(o.data)
+            for cell in book.cells
+            if cell.cell_type == "code"
+            for o in cell.outputs
+            if "data" in o
+        ]
         assert {"application/vnd.plotly.v1+json", "image/png", "text/plain"} in kinds
-        assert "held-out loss" in shown or path.stem == "audit"
+        assert "validation loss" in shown or path.stem == "audit"
     assert (tmp_path / "out.ipynb").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_misspelt_injected_parameter_stops_the_notebook(path, outputs, tmp_path):
+def test_a_misspelled_injected_parameter_stops_the_notebook(path, outputs, tmp_path):
     before = sorted(outputs.iterdir())
-    with pytest.raises(papermill.PapermillExecutionError, match="tempratur is no parameter|total_stepz is no parameter"):
+    with pytest.raises(
+        papermill.PapermillExecutionError,
+        match="tempratur is not a parameter|total_stepz is not a parameter",
+    ):
         name = "total_stepz" if path.stem == "train" else "tempratur"
         papermill.execute_notebook(
-            path, tmp_path / "out.ipynb", {"output_dir": str(outputs), name: 5}, progress_bar=False, cwd=str(tmp_path)
+            path,
+            tmp_path / "out.ipynb",
+            {"output_dir": str(outputs), name: 5},
+            progress_bar=False,
+            cwd=str(tmp_path),
         )
     assert sorted(outputs.iterdir()) == before
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_pass_nbval(path, trained, tmp_path):
-    own = {"rate_recipe": str(SMOKE), "rate_steps": 12, "confirm_steps": 0} if path.stem == "compare" else {}
+    own = (
+        {"rate_recipe": str(SMOKE), "rate_steps": 12, "confirm_steps": 0}
+        if path.stem == "compare"
+        else {}
+    )
     papermill.execute_notebook(
         path,
         tmp_path / path.name,
@@ -112,8 +141,8 @@ def test_notebooks_pass_nbval(path, trained, tmp_path):
     )
 
 
-def test_the_notebooks_stop_saves_the_run(outputs):
-    """What JupyterLab's stop button sends to a kernel that trains."""
+def test_interrupting_the_kernel_saves_the_run(outputs):
+    """JupyterLab's stop button sends an interrupt to the kernel."""
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3")
@@ -130,23 +159,30 @@ def test_the_notebooks_stop_saves_the_run(outputs):
             assert message["msg_type"] != "error", message["content"]
         manager.interrupt_kernel()
         reply = client.get_shell_msg(timeout=60)["content"]
-        assert (reply["status"], reply["ename"]) == ("error", "Stopped") and "Its checkpoint is saved" in reply["evalue"]
+        assert (reply["status"], reply["ename"]) == ("error", "Stopped")
+        assert "checkpoint is saved" in reply["evalue"]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     assert len(list((outputs / "stopped" / "checkpoints").iterdir())) == 1
 
 
-def test_a_kill_leaves_the_last_chart_in_the_notebook(outputs):
-    """Of papermill and its kernel, mid-training, without a word."""
-    pairs = {"output_dir": outputs, "run_name": "killed", "total_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6}
+def test_a_killed_run_keeps_its_last_chart_in_the_notebook(outputs):
+    """SIGKILL to papermill and its kernel during training."""
+    pairs = {
+        "output_dir": outputs,
+        "run_name": "killed",
+        "total_steps": 10**6,
+        "eval_every": 10**6,
+        "checkpoint_every": 10**6,
+    }
     command = [sys.executable, "-m", "lmlib", "notebook", str(SMOKE), "-p", "log_every", "100"]
     command += [word for name, value in pairs.items() for word in ("-p", name, str(value))]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     executed = outputs / "killed" / "train.ipynb"
 
     def points() -> int:
-        """Of the training loss in the chart on disk."""
+        """Count the points of the training loss in the chart on disk."""
         book = nbformat.read(executed, 4) if executed.exists() else nbformat.v4.new_notebook()
         outs = [o.get("data", {}) for cell in book.cells for o in cell.get("outputs", [])]
         charts = [data["application/vnd.plotly.v1+json"] for data in outs if "image/png" in data]
@@ -155,8 +191,8 @@ def test_a_kill_leaves_the_last_chart_in_the_notebook(outputs):
     with subprocess.Popen(command, start_new_session=True, cwd=PROJECT_ROOT, **quiet) as process:
         try:
             deadline = time.monotonic() + 120
-            while points() < 2 and time.monotonic() < deadline:  # so often that a notebook caught half-written would fail it
-                time.sleep(0.02)
+            while points() < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)  # often enough to catch a half-written notebook
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     assert points() >= 2
@@ -169,8 +205,8 @@ def _smoke() -> dict:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_outputs_are_whole_and_name_no_machine(path):
-    """What a reader sees on a web page: every code cell ran, in order, and no home folder or error shows."""
+def test_committed_outputs_are_complete_and_name_no_machine(path):
+    """Every code cell ran, in order, and no error and no path of the machine is in the outputs."""
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     content = json.dumps([cell.outputs for cell in cells])

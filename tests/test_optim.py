@@ -1,4 +1,4 @@
-"""Optimisers and schedule."""
+"""Optimizers and the learning-rate schedule."""
 
 import math
 
@@ -11,16 +11,17 @@ from lmlib.model.transformer import LanguageModel
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (10, 40), (40, 10)])
-def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_moves_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    levelled = u.T @ optim.orthogonalize(matrix, torch.float64) @ vt.T  # diagonal if the vectors are kept
-    values = levelled.diagonal()
-    assert torch.allclose(levelled, values.diag(), atol=1e-8)
+    # Diagonal if the singular vectors are kept.
+    values_matrix = u.T @ optim.orthogonalize(matrix, torch.float64) @ vt.T
+    values = values_matrix.diagonal()
+    assert torch.allclose(values_matrix, values.diag(), atol=1e-8)
     assert values.min() > 0.3 and values.max() < 1.3
 
 
-def test_muon_takes_nesterov_steps_written_out_by_hand():
+def test_muon_matches_nesterov_momentum_written_by_hand():
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 3, generator=generator))
     expected, momentum = weight.detach().clone(), torch.zeros(6, 3)
@@ -34,8 +35,10 @@ def test_muon_takes_nesterov_steps_written_out_by_hand():
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
-def test_each_parameter_has_one_optimiser_and_only_matrices_decay():
-    model = LanguageModel(RunConfig(vocab_size=300, tie_word_embeddings=False, attention_bias=True, q_lora_rank=32))
+def test_each_parameter_has_one_optimizer_and_only_matrices_decay():
+    model = LanguageModel(
+        RunConfig(vocab_size=300, tie_word_embeddings=False, attention_bias=True, q_lora_rank=32)
+    )
     for name in ("muon", "adamw"):
         optimizers = optim.build_optimizers(model, RunConfig(optimizer=name))
         groups = [(type(o).__name__, g) for o in optimizers for g in o.param_groups]
@@ -47,19 +50,23 @@ def test_each_parameter_has_one_optimiser_and_only_matrices_decay():
                 assert kind == "AdamW" or parameter.dim() == 2
     tables = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
     muon = optim.build_optimizers(model, RunConfig())[0]
-    assert isinstance(muon, optim.Muon) and not tables & {id(p) for p in muon.param_groups[0]["params"]}
+    assert isinstance(muon, optim.Muon)
+    assert not tables & {id(p) for p in muon.param_groups[0]["params"]}
 
 
-def test_the_schedule_warms_up_over_5_percent_and_falls_to_10():
-    shares = [optim.schedule(step, 1000, 0.05) for step in range(1, 1001)]
-    assert shares[0] == pytest.approx(1 / 50) and shares[49] == 1 and shares[-1] == pytest.approx(0.1)
-    assert shares[:50] == sorted(shares[:50]) and shares[49:] == sorted(shares[49:], reverse=True)
-    assert shares[49 + 475] == pytest.approx(0.55, abs=0.01)  # half way down
+def test_the_schedule_warms_up_over_5_percent_and_decays_to_10_percent():
+    fractions = [optim.schedule(step, 1000, 0.05) for step in range(1, 1001)]
+    assert fractions[0] == pytest.approx(1 / 50)
+    assert fractions[49] == 1
+    assert fractions[-1] == pytest.approx(0.1)
+    assert fractions[:50] == sorted(fractions[:50])
+    assert fractions[49:] == sorted(fractions[49:], reverse=True)
+    assert fractions[49 + 475] == pytest.approx(0.55, abs=0.01)  # halfway down
     assert [optim.schedule(step, 1, 0.0) for step in (1,)] == [pytest.approx(0.1)]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_optimiser_state_survives_as_named_tensors(name):
+def test_optimizer_state_is_restored_from_named_tensors(name):
     config = RunConfig(vocab_size=300, optimizer=name)
 
     def steps(model, optimizers, numbers):
@@ -70,15 +77,23 @@ def test_optimiser_state_survives_as_named_tensors(name):
             for optimizer in optimizers:
                 optimizer.step()
 
-    whole = LanguageModel(config)
-    optimizers = optim.build_optimizers(whole, config)
-    steps(whole, optimizers, range(3))
-    tensors = {key: tensor.clone() for key, tensor in optim.state_tensors(whole, optimizers).items()}
-    assert sum(t.nbytes for t in tensors.values()) == pytest.approx(optim.state_bytes(optimizers), rel=0.01)
-    half = LanguageModel(config)
-    half.load_state_dict(whole.state_dict())
-    restored = optim.build_optimizers(half, config)
-    optim.load_state_tensors(half, restored, tensors)
-    steps(whole, optimizers, range(3, 6))
-    steps(half, restored, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
+    uninterrupted = LanguageModel(config)
+    optimizers = optim.build_optimizers(uninterrupted, config)
+    steps(uninterrupted, optimizers, range(3))
+    tensors = {
+        key: tensor.clone()
+        for key, tensor in optim.state_tensors(uninterrupted, optimizers).items()
+    }
+    assert sum(t.nbytes for t in tensors.values()) == pytest.approx(
+        optim.state_bytes(optimizers), rel=0.01
+    )
+    resumed = LanguageModel(config)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    restored = optim.build_optimizers(resumed, config)
+    optim.load_state_tensors(resumed, restored, tensors)
+    steps(uninterrupted, optimizers, range(3, 6))
+    steps(resumed, restored, range(3, 6))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True)
+    )

@@ -18,7 +18,7 @@ from lmlib import checkpoint, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
 from lmlib.run.lock import hold_lock
-from lmlib.run.start import build_model, greeting, parent_of
+from lmlib.run.start import build_model, find_start, greeting
 
 
 def test_records_come_in_order_and_are_the_lines_of_the_file(smoke):
@@ -108,7 +108,7 @@ def test_more_steps_extend_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
-    assert "stretched to the new end" in greeting(longer)
+    assert "stretched to the new end" in greeting(find_start(longer))
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +160,7 @@ def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
     config = smoke(init_from=str(trained.run_dir), init_step=10, corpus=str(text_file), total_steps=5)
     start = lmlib.load(trained.run_dir, 10)[0]
     assert all(
-        torch.equal(a, b) for a, b in zip(start.parameters(), build_model(config, parent_of(config)).parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(start.parameters(), build_model(config, find_start(config).source).parameters(), strict=True)
     )
     assert next(lmlib.train(config)).val_loss < 6.1  # not the 6.24 of random weights
     list(lmlib.train(config))
@@ -231,7 +231,7 @@ def test_what_plain_attention_does_not_use_may_differ_on_going_on(smoke):
 
 def test_a_leap_of_the_loss_is_a_record(smoke, monkeypatch):
     real = training.accumulate_gradients
-    monkeypatch.setattr(training, "gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0))
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0))
     records = list(lmlib.train(smoke(total_steps=35)))
     assert [(r.step, r.usual_loss < r.loss - 2) for r in records if r.kind == "spike"] == [(33, True)]
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
         loss = real(model, ids, targets, micro, seed, step, dtype)
         return float("nan") if step == 7 else loss
 
-    monkeypatch.setattr(training, "gradients", poisoned)
+    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
     config = smoke(total_steps=10)
     with pytest.raises(training.NonFinite, match="step 7 is not finite. No weight was changed"):
         list(lmlib.train(config))
@@ -278,7 +278,7 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch_and_goes_on(smoke, mon
             raise torch.cuda.OutOfMemoryError("as if")
         return real(model, ids, targets, micro, seed, step, dtype)
 
-    monkeypatch.setattr(training, "gradients", small)
+    monkeypatch.setattr(training, "accumulate_gradients", small)
     config = smoke(total_steps=2)
     records = list(lmlib.train(config))
     assert sizes == [4, 2, 1, 1] and [r.micro_batch_size for r in records if r.kind == "out_of_memory"] == [2, 1]
@@ -322,7 +322,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(smoke, tmp_path
         process.send_signal(getattr(signal, how))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Its checkpoint is saved: start the same run again" in errors
+    assert "The checkpoint is saved; run the same command to resume" in errors
     [step] = checkpoint.checkpoint_steps(config.run_dir)
     assert step >= 3 and f"Stopped at step {step} of 100000" in errors
     checkpoint.verify_state(checkpoint.newest_good(config.run_dir))

@@ -1,4 +1,4 @@
-"""Models compared over seeds: which is better, by how much, at what cost, and whether the difference is more than noise."""
+"""Compare models over seeds: which is better, by how much, at what cost, and is it only noise?"""
 
 import html
 import json
@@ -7,195 +7,174 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import figures, frames
-from lmlib.files import read_mapping
 from lmlib.leaks import LEAKY_NAME
 from lmlib.run.lock import run_status
 
-NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every", "checkpoint_every"}
+# Runs that differ in nothing but these are of one model.
+NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every",
+                 "checkpoint_every"}
 
 
 def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """A row a run: the model it is of, its seed, what it was judged on, and `results_table`'s columns.
-
-    Runs are of one model if they differ in their seed alone, whatever their folders are called.
-    """
-    folders = frames.named_folders(run_dirs)
-    configs = {run: frames.whole_config(folder) for run, folder in folders.items()}
-    kinds = {
-        run: json.dumps({k: v for k, v in c.items() if k not in NOT_THE_MODEL}, sort_keys=True) for run, c in configs.items()
-    }
-    table, labels = frames.results_table(folders.values()), _labels(kinds)
-    table["seed"] = pd.to_numeric(
-        pd.Series({run: config.get("seed") for run, config in configs.items()}, dtype=object), errors="coerce"
-    )
-    table["model"] = [labels[run] for run in table.index]
-    table["judged on"] = [_judged_on(folders[run], configs[run]) for run in table.index]
-    return table
+    """Return `results_table` with each run's seed, model, and the text it was evaluated on."""
+    folders, rows = frames.named_folders(run_dirs), {}
+    for run, folder in folders.items():
+        config, hashes = frames.whole_config(folder), frames.environment(folder, "fingerprints")
+        kept = {name: value for name, value in config.items() if name not in NOT_THE_MODEL}
+        # Losses on other windows, or in other tokens, cannot be compared.
+        text = [hashes.get("validation.bin"), hashes.get("tokenizer.json"),
+                config.get("sequence_length"), config.get("validation_windows")]
+        rows[run] = [config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text)]
+    found = pd.DataFrame.from_dict(rows, orient="index", dtype=object,
+                                   columns=["seed", "model", "evaluated on"])
+    found["seed"] = pd.to_numeric(found["seed"], errors="coerce")
+    found["model"] = found["model"].map(_model_names(found["model"]))
+    return frames.results_table(folders.values()).join(found)
 
 
-def _labels(kinds: dict[str, str]) -> dict[str, str]:
-    """A name for each run's model: what its runs' names have in common, without the seed."""
-    labels: dict[str, str] = {}
-    for kind in dict.fromkeys(kinds.values()):
-        names = [re.sub(r"[-_.]seed\d+", "", name) for name, other in kinds.items() if other == kind]
-        mark = LEAKY_NAME if any(name.endswith(LEAKY_NAME) for name in names) else ""
-        names = [name.removesuffix(LEAKY_NAME) for name in names]
-        common = os.path.commonprefix(names).rstrip("-_./") or names[0]
-        label, number = common + mark, 2
-        while label in labels.values():
-            label, number = f"{common} ({number}){mark}", number + 1
-        labels[kind] = label
-    return {run: labels[kind] for run, kind in kinds.items()}
-
-
-def _judged_on(folder: Path, config: dict[str, Any]) -> str:
-    """What decides the held-out windows: their tokens, length and number. Losses on others cannot be compared."""
-    prints = read_mapping(folder / "environment.json").get("fingerprints")
-    prints = prints if isinstance(prints, dict) else {}
-    files = [prints.get(name) for name in ("validation.bin", "tokenizer.json")]
-    return json.dumps([*files, config.get("sequence_length"), config.get("validation_windows")])
+def _model_names(configs: pd.Series) -> dict[str, str]:
+    """Return a name per model's configuration: what its runs' names share, without the seed."""
+    names: dict[str, str] = {}
+    for config, group in configs.groupby(configs, sort=False):
+        mark = LEAKY_NAME if group.index.str.endswith(LEAKY_NAME).any() else ""
+        runs = [re.sub(r"[-_.]seed\d+", "", run).removesuffix(LEAKY_NAME) for run in group.index]
+        shared = os.path.commonprefix(runs).rstrip("-_./") or runs[0]
+        name, number = shared + mark, 2  # "(2)" for another model of the same name
+        while name in names.values():
+            name, number = f"{shared} ({number}){mark}", number + 1
+        names[config] = name
+    return names
 
 
 def states(run_dirs: Iterable[str | Path]) -> str:
-    """How many runs are in which state; those that are not finished, by name."""
+    """Return how many runs are in which state, and the names of those that are not finished."""
     states = {run: run_status(folder) for run, folder in frames.named_folders(run_dirs).items()}
-    counts = [f"{list(states.values()).count(state)} {state}" for state in sorted(set(states.values()))]
+    found = list(states.values())
+    counts = ", ".join(f"{found.count(state)} {state}" for state in sorted(set(found))) or "none"
     others = [f"{run}: {state}" for run, state in states.items() if state != "finished"]
-    return "\n".join([f"{len(states)} runs: {', '.join(counts) or 'none'}", *others])
+    return "\n".join([f"{len(states)} runs: {counts}", *others])
 
 
 def first_seeds(run_dirs: Iterable[str | Path]) -> list[Path]:
-    """One run of each model: that of its lowest seed."""
+    """Return one run folder per model, that of its lowest seed."""
     folders = frames.named_folders(run_dirs)
-    table = scores(folders.values())
-    return [folders[run] for run in table.sort_values("seed", kind="stable").drop_duplicates("model").index]
+    table = scores(folders.values()).sort_values("seed", kind="stable").drop_duplicates("model")
+    return [folders[run] for run in table.index]
 
 
 def finished(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """The rows of `scores` that have a last loss, one a model and seed."""
+    """Return the rows of `scores` of finished runs, one per model and seed."""
     table = scores(run_dirs)
-    done = table[table["state"].astype(str).str.startswith("finished") & table["held-out loss"].notna()]
-    return done.drop_duplicates(["model", "seed"], keep="last")
+    done = table["state"].astype(str).str.startswith("finished") & table["validation loss"].notna()
+    return table[done].drop_duplicates(["model", "seed"], keep="last")  # a copy is no new seed
 
 
-def ranking(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """A row a model, best first: the mean last held-out loss of its finished runs, its spread over seeds, and its distance to the
-    best model with an interval.
+def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
+    """Rank models by their mean validation loss after the last step, best first.
 
-    The intervals hold for all pairs of models together with 95 %: Student's t, corrected for every pair since the best is
-    known only afterwards (Bonferroni), on what is left of the losses when each model's and each seed's mean is taken away.
+    Takes the runs' folders, or the table that `finished` made of them. "spread" is the standard
+    deviation over seeds, "behind the best" the mean difference to the best model on the same seeds.
+    Its 95 % intervals hold for all pairs of models together: Student's t on the residuals of
+    losses ~ model + seed, with Bonferroni's correction, as the best is known only afterwards.
 
-    `verdict` is "best", "worse" (the interval leaves out 0), "within the noise", "one seed: unknown", "no two seeds in common:
-    unknown", "other text" (a loss on other held-out windows or another tokenizer cannot be compared), or "leaks".
+    "verdict" is "best", "worse" (the interval excludes 0), "within the noise", "one seed: unknown",
+    "no two seeds in common: unknown", or, last and not compared, "other text" or "leaks".
     """
-    return _ranked(finished(run_dirs))
-
-
-def _ranked(done: pd.DataFrame) -> pd.DataFrame:
-    """The `ranking` of what `finished` gives."""
-    columns = ["seeds", "held-out loss", "spread", "behind the best", "± 95 %", "verdict", "accuracy", *frames.COSTS]
-    if done.empty:
+    runs = run_dirs if isinstance(run_dirs, pd.DataFrame) else finished(run_dirs)
+    counts, averaged = ["parameters", "active"], ["accuracy", *frames.COSTS]
+    columns = ["seeds", "validation loss", "spread", "behind the best", "± 95 %", "verdict",
+               *averaged]
+    if runs.empty:
         return pd.DataFrame(columns=columns)
-    honest = done[~done["model"].str.endswith(LEAKY_NAME)]
-    here = honest[honest["judged on"] == honest["judged on"].mode().get(0)]
-    losses = here.pivot(index="model", columns="seed", values="held-out loss")  # models x seeds
-    several = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)  # the seeds that all of them have
-    means = (several if len(several) and several.shape[1] > 1 else losses).mean(axis=1)
+    # Only losses on the same text are compared: that of most models without leaks.
+    honest = runs[~runs["model"].str.endswith(LEAKY_NAME)]
+    comparable = honest[honest["evaluated on"] == honest["evaluated on"].mode().get(0)]
+    losses = comparable.pivot(index="model", columns="seed", values="validation loss")
+    # Differences within a seed are less noisy than means: keep the seeds that all models have.
+    paired = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)
+    means = (paired if len(paired) and paired.shape[1] > 1 else losses).mean(axis=1)
     best = means.idxmin() if len(means) else None
-    error = _half_interval(several.to_numpy()) if min(several.shape) > 1 else math.nan
-    rows: dict[str, dict[str, Any]] = {}
-    for model, runs in done.groupby("model"):
-        row = {"seeds": len(runs), "held-out loss": runs["held-out loss"].mean(), "spread": runs["held-out loss"].std()}
-        why = "one seed" if len(runs) == 1 else "no two seeds in common"
-        row |= {"behind the best": math.nan, "± 95 %": math.nan, "verdict": f"{why}: unknown"}
-        if str(model).endswith(LEAKY_NAME):
-            row["verdict"] = "leaks"
-        elif model not in losses.index:
-            row["verdict"] = "other text"
-        elif model == best:
-            row |= {"behind the best": 0.0, "verdict": "best"}
-        elif model in several.index and error == error:
-            behind = float((several.loc[model] - several.loc[best]).mean())
-            row |= {"behind the best": behind, "± 95 %": error, "verdict": "worse" if behind > error else "within the noise"}
-        rows[str(model)] = row | {name: runs[name].astype(float).mean() for name in ("accuracy", *frames.COSTS)}
-    ranked = pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("held-out loss", kind="stable")
-    apart = ranked["verdict"].isin(["other text", "leaks"])
-    ranked = pd.concat([ranked[~apart], ranked[apart]])
-    return ranked.rename_axis("model").round({"parameters": 0, "active": 0}).astype({"parameters": "Int64", "active": "Int64"})
+    groups = runs.astype(dict.fromkeys(averaged, float)).groupby("model")
+    table = groups[["validation loss", *averaged]].mean()
+    table["seeds"], table["spread"] = groups.size(), groups["validation loss"].std()
+    table["behind the best"] = table["± 95 %"] = math.nan
+    # The last verdict that applies to a model stands.
+    table["verdict"] = "no two seeds in common: unknown"
+    table.loc[table["seeds"] == 1, "verdict"] = "one seed: unknown"
+    if min(paired.shape) > 1:
+        behind, interval = (paired - paired.loc[best]).mean(axis=1), _half_interval(paired.values)
+        table["behind the best"], table.loc[behind.index, "± 95 %"] = behind, interval
+        table.loc[behind.index, "verdict"] = np.where(
+            behind > interval, "worse", "within the noise")
+    table.loc[table.index == best, ["behind the best", "± 95 %", "verdict"]] = 0.0, math.nan, "best"
+    table.loc[~table.index.isin(losses.index), "verdict"] = "other text"
+    table.loc[table.index.str.endswith(LEAKY_NAME), "verdict"] = "leaks"
+    table["apart"] = table["verdict"].isin(["other text", "leaks"])
+    table = table.sort_values(["apart", "validation loss"], kind="stable")[columns]
+    return table.round(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, "Int64"))
 
 
 def _half_interval(losses: np.ndarray) -> float:
-    """Half of the interval of a difference between two models' means, from their losses (models x seeds), both at least 2."""
+    """Return half the interval of a difference of two models' means: losses (models, seeds)."""
     models, seeds = losses.shape
     left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
     freedom = (models - 1) * (seeds - 1)
-    level = 1 - 0.05 / 2 / (models * (models - 1) / 2)
+    level = 1 - 0.05 / 2 / (models * (models - 1) / 2)  # two-sided, for each of the pairs
     return student_t(level, freedom) * math.sqrt((left**2).sum() / freedom * 2 / seeds)
 
 
 def student_t(level: float, freedom: int) -> float:
-    """The value that Student's t with so many degrees of freedom stays below with probability `level` (0.5 to 1)."""
+    """Return the quantile of Student's t distribution at `level` (0.5 to 1), without SciPy."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    # t = sqrt(freedom) tan(angle) makes the density scale * cos(angle) ** (freedom - 1), on a finite range
+    # On the finite range of t = sqrt(freedom) tan(angle), the density is that of `angle`.
     angles = np.linspace(0, math.pi / 2, 100_001)
     density = scale * np.cos(angles) ** (freedom - 1)
-    share = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * angles[1])])
-    return math.sqrt(freedom) * math.tan(float(np.interp(level, share, angles)))
+    below = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * angles[1])])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level, below, angles)))
 
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
-    """A line a model, best above: a dot for each seed's last held-out loss, a bar at their mean."""
-    done = finished(run_dirs)
-    order = list(_ranked(done).index)
-    figure = go.Figure()
-    for number, model in reversed(list(enumerate(order))):
-        values = done[done["model"] == model]["held-out loss"].tolist()
-        color, name = figures.color_of(number), html.escape(model)
-        dots = {"color": color, "size": 9, "symbol": figures.symbols(number)[0]}
-        figure.add_scatter(x=values, y=[name] * len(values), mode="markers", marker=dots, name=name)
-        bar = {"color": color, "size": 20, "symbol": "line-ns-open"}
-        figure.add_scatter(x=[sum(values) / len(values)], y=[name], mode="markers", marker=bar, name=name)
-    figure.update_layout(showlegend=False, xaxis_title="held-out loss after the last step (nats a token); a dot a seed")
-    return figures.on_any_page(figure, height=130 + 36 * max(1, len(order)), top=20).update_layout(margin={"l": 220})
+    """Draw each seed's last validation loss as a dot and their mean as a bar, best model on top."""
+    runs, figure = finished(run_dirs), go.Figure()
+    models = list(ranking(runs).index)
+    for number, model in reversed(list(enumerate(models))):  # Plotly draws upward
+        values, row = runs[runs["model"] == model]["validation loss"].tolist(), html.escape(model)
+        figures.add_line(figure, number, values, [row] * len(values), model, mode="markers",
+                         symbol=figures.shape_of(number), size=9)
+        figures.add_line(figure, number, [sum(values) / len(values)], [row], model, mode="markers",
+                         symbol="line-ns-open", size=20)
+    title = "validation loss after the last step (nats per token), one dot per seed"
+    figures.styled(figure, height=130 + 36 * max(1, len(models)), top=20)
+    return figure.update_layout(showlegend=False, xaxis_title=title, margin={"l": 220})
 
 
 def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
-    """The held-out loss of each model over steps, tokens, minutes or flops: the mean of its finished seeds, and their spread."""
-    run_dirs = list(run_dirs)
-    done, frame = finished(run_dirs), frames.read_runs(run_dirs)
-    models = done["model"]
-    evals = frame[(frame["kind"] == "eval") & frame["run"].isin(models.index)].assign(model=lambda rows: rows["run"].map(models))
-    figure = go.Figure()
-    for number, model in enumerate(_ranked(done).index):
-        steps = evals[evals["model"] == model].groupby("step")
-        color = figures.color_of(number)
-        figure.add_scatter(
-            x=steps[x].mean().tolist(),
-            y=steps["val_loss"].mean().tolist(),
-            error_y={"array": steps["val_loss"].std().fillna(0).tolist(), "thickness": 1, "width": 0},
-            mode="lines+markers",
-            line={"color": color, "dash": figures.dash_of(number), "width": 2},
-            marker={"size": 5, "color": color},
-            name=html.escape(model),
-        )
+    """Draw the mean validation loss of each model's seeds over `x`, with its standard deviation."""
+    run_dirs, figure = list(run_dirs), go.Figure()
+    runs, frame = finished(run_dirs), frames.read_runs(run_dirs)
+    evals = frame[frame["kind"] == "eval"]
+    for number, model in enumerate(ranking(runs).index):
+        steps = evals[evals["run"].isin(runs.index[runs["model"] == model])].groupby("step")
+        loss = steps["val_loss"]
+        figures.add_line(figure, number, steps[x].mean().tolist(), loss.mean().tolist(), model,
+                         error=loss.std().fillna(0).tolist())
     figure.update_xaxes(title_text=frames.AXES[x])
-    figure.update_yaxes(title_text="held-out loss (nats a token)")
-    return figures.on_any_page(figure, height=440, top=90)
+    figure.update_yaxes(title_text="validation loss (nats per token)")
+    return figures.styled(figure, height=440, top=90)
 
 
 def difference(run_dirs: Iterable[str | Path]) -> str:
-    """The ranking in a sentence a model."""
+    """Return the ranking as one sentence per model."""
     lines = []
     for model, row in ranking(run_dirs).iterrows():
-        loss = f"{model}: {row['held-out loss']:.3f} nats over {int(row['seeds'])} seed{'s' if row['seeds'] > 1 else ''}"
-        if row["verdict"] in ("worse", "within the noise"):
-            loss += f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
-        lines.append(f"{loss}: {row['verdict']}")
+        behind = (f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
+                  if row["verdict"] in ("worse", "within the noise") else "")
+        lines.append(f"{model}: {row['validation loss']:.3f} nats over {int(row['seeds'])} "
+                     f"seed{'s' * (row['seeds'] > 1)}{behind}: {row['verdict']}")
     return "\n".join(lines) or "No run is finished yet."

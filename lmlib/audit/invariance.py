@@ -1,107 +1,122 @@
-"""Batch independence and cache."""
-
-from collections.abc import Callable
-from typing import Any
+"""Batch independence, and decoding with a cache against one pass without it."""
 
 import torch
 from torch import Tensor, nn
 
-from lmlib.audit.probe import Probe, spread
-from lmlib.audit.report import REPEATS, TOLERANCE, Leak, Report
+from lmlib.audit.probe import Arguments, Probe, spread
+from lmlib.audit.report import REPEATS, TOLERANCE, Report, leaks_above, one_line
 
 
-def check_batch_independence(
-    model: nn.Module,
-    vocab_size: int | None = None,
-    sequence_length: int | None = None,
-    arguments: Callable[[Tensor], dict[str, Any]] | None = None,
-    quick: bool = False,
-) -> Report:
-    """Whether the logits of a row do not depend on the other rows of its batch, in evaluation and in training mode.
+def check_batch_independence(model: nn.Module, vocab_size: int | None = None,
+                             sequence_length: int | None = None,
+                             arguments: Arguments | None = None, quick: bool = False) -> Report:
+    """Check that a row's logits do not depend on other rows, in evaluation and in training.
 
-    Takes and raises what `check_causality` does.
+    `quick` tries the longest window once. See `Probe` for the rest.
     """
     probe = Probe(model, vocab_size, sequence_length, arguments)
-    lengths = sorted({probe.sequence_length, min(probe.sequence_length, 33), min(probe.sequence_length, 8)}, reverse=True)
-    suspects = {}
+    longest = probe.sequence_length
+    lengths = sorted({longest, min(longest, 33), min(longest, 8)}, reverse=True)
+    suspects, leaks = [], []
     for repeat in range(1 if quick else REPEATS):
         for mode in ("evaluation", "training"):
-            for length in lengths[:1] if repeat or quick else [n for n in lengths if not probe.runs(n)]:
+            tried = [longest] if repeat or quick else [n for n in lengths if not probe.problem(n)]
+            for length in tried:
                 trial = (length, mode, 300 + repeat, 9 if length <= 33 and not quick else 4)
-                if float(_rows_moved(probe, *trial).max()) > TOLERANCE:
-                    suspects[trial] = None
-    double = probe.in_float64() if suspects else None
-    leaks = []
-    for length, mode, seed, count in suspects:
-        moved = _rows_moved(double or probe, length, mode, seed, count)
-        rows = zip(*(moved > TOLERANCE).nonzero(as_tuple=True), strict=True)
-        leaks += [Leak(int(a), int(b), float(moved[a, b]), length, mode) for a, b in rows]
+                if float(_row_changes(probe, *trial).max()) > TOLERANCE:
+                    suspects.append(trial)
+    double = (probe.in_float64() or probe) if suspects else probe
+    for length, mode, seed, rows in suspects:
+        leaks += leaks_above(_row_changes(double, length, mode, seed, rows), length, mode)
     if not leaks:
-        return Report("batch independence", True, "a row's logits do not depend on the other rows of its batch.")
-    modes = sorted({leak.mode for leak in leaks})
-    words = f"a row's logits depend on the other rows, by up to {max(leak.change for leak in leaks):.2g} of their spread, in "
-    words += f"{' and '.join(modes)} mode: a score depends on what stands beside a text."
-    return Report("batch independence", False, words, leaks, "rows mix")
+        return Report("batch independence", True,
+                      "a row's logits do not depend on the other rows of its batch.")
+    modes = " and ".join(sorted({leak.mode for leak in leaks}))
+    most = max(leak.change for leak in leaks)
+    summary = (f"a row's logits depend on the other rows of its batch, in {modes} mode, by up to "
+               f"{most:.2g} standard deviations.")
+    return Report("batch independence", False, summary, leaks, "rows mix")
 
 
-def _rows_moved(probe: Probe, length: int, mode: str, seed: int, rows: int) -> Tensor:
-    """How far each row's logits move when another row's tokens are replaced: (rows, rows), in their standard deviations."""
-    ids = probe.draw(rows, length, seed)
-    others, moved = probe.others(ids, seed + 1), torch.zeros(rows, rows, dtype=torch.float64)
+def _row_changes(probe: Probe, length: int, mode: str, seed: int, rows: int) -> Tensor:
+    """Return how far a row's logits change as the first or last is replaced: (rows, rows)."""
+    ids, training = probe.draw(rows, length, seed), mode == "training"
+    others, changes = probe.others(ids, seed + 1), torch.zeros(rows, rows, dtype=torch.float64)
     with torch.no_grad():
-        base = probe(ids, mode == "training", seed)
+        before = probe(ids, training, seed)
         for row in (0, rows - 1):
-            changed = ids.clone()
-            changed[row] = others[row]
-            moved[:, row] = ((probe(changed, mode == "training", seed) - base).abs().amax((1, 2)) / spread(base)).cpu()
-    return moved.fill_diagonal_(0)
+            replaced = ids.clone()
+            replaced[row] = others[row]
+            change = (probe(replaced, training, seed) - before).abs().amax((1, 2))
+            changes[:, row] = (change / spread(before)).cpu()
+    return changes.fill_diagonal_(0)
 
 
-def check_cache(
-    model: nn.Module,
-    vocab_size: int | None = None,
-    sequence_length: int | None = None,
-    arguments: Callable[[Tensor], dict[str, Any]] | None = None,
-) -> Report:
-    """Whether a text read through the cache, token by token or in pieces, has the logits of one pass over the whole.
+def check_cache(model: nn.Module, vocab_size: int | None = None,
+                sequence_length: int | None = None, arguments: Arguments | None = None) -> Report:
+    """Check that decoding with a cache gives the logits of one pass; see `Probe` for the arguments.
 
-    Takes and raises what `check_causality` does. Knows lmlib's cache and that of transformers (`use_cache`).
+    Knows the caches of lmlib (`new_cache`) and of transformers (`use_cache`).
     """
     probe = Probe(model, vocab_size, sequence_length, arguments)
-    if not probe.has_cache:
-        return Report("cache", None, "the model has no cache that lmlib knows (past_key_values with use_cache).")
+    names = ("past_key_values", "cache_params") if "use_cache" in probe.accepts else ()
+    cache_name = next((name for name in names if name in probe.accepts), "")
+    if not cache_name and not hasattr(probe.model, "new_cache"):
+        return Report("cache", None, "the model has neither new_cache() nor use_cache.")
     length = min(probe.sequence_length, 40)
-    plans = {"token by token": [1] * length, "a prompt, then token by token": [length // 2] + [1] * (length - length // 2)}
-    plans["in pieces"] = [length // 3, length // 3, length - 2 * (length // 3)]
+    half, third = length // 2, length // 3
+    plans = {"token by token": [1] * length,
+             "a prompt, then token by token": [half] + [1] * (length - half),
+             "in pieces": [third, third, length - 2 * third]}
     failed, wrong, double = {}, {}, None
     for name, pieces in plans.items():
         try:
-            moved = _decoded(probe, length, pieces)
-        except Exception as error:  # a cache that does not take pieces, say
-            failed[name] = " ".join(str(error).split())[:100]
+            changes = _cache_changes(probe, length, pieces, cache_name)
+        except Exception as error:  # some caches accept one token at a time
+            failed[name] = one_line(error)
             continue
-        if float(moved.max()) > TOLERANCE:
-            double = double or probe.in_float64()
-            moved = _decoded(double, length, pieces) if double else moved
-            if float(moved.max()) > TOLERANCE and name == "in pieces" and not wrong:  # few know it, and no text is written so
-                failed[name] = "its logits differ"
-            elif float(moved.max()) > TOLERANCE:
-                wrong[name] = moved
+        if float(changes.max()) > TOLERANCE:
+            double = double or probe.in_float64() or probe
+            changes = _cache_changes(double, length, pieces, cache_name)
+        if float(changes.max()) <= TOLERANCE:
+            continue
+        if name == "in pieces" and not wrong:  # generation does not need it, and few models can
+            failed[name] = "its logits differ"
+        else:
+            wrong[name] = changes
     if len(failed) == len(plans):
-        return Report("cache", None, f"reading through the cache fails ({next(iter(failed.values()))}).")
+        return Report("cache", None, f"decoding with the cache fails ({failed['token by token']}).")
     if not wrong:
-        unread = "".join(f" Not {name}, though ({why})." for name, why in failed.items())
-        return Report("cache", True, "a text read through the cache has the logits of one whole pass." + unread)
-    name, moved = next(iter(wrong.items()))
-    first = int((moved > TOLERANCE).nonzero()[0])
-    leaks = [Leak(t, t, change, length, "with a cache") for t, change in enumerate(moved.tolist()) if change > TOLERANCE]
-    words = f"read {name}, the logits differ from those of one whole pass from position {first} on, by up to {moved.max():.2g} of"
-    words += " their spread: what is generated is not what was evaluated (wrong positions or a wrong mask in the cache)."
-    return Report("cache", False, words, leaks, "decode differs from prefill")
+        unsupported = "".join(f" Decoding {name} fails ({why})." for name, why in failed.items())
+        return Report("cache", True, f"decoding gives the logits of one pass.{unsupported}")
+    name, changes = next(iter(wrong.items()))
+    leaks = leaks_above(changes.diag(), length, "with a cache")
+    summary = (f"decoding {name}, the logits differ from those of one pass, from position "
+               f"{leaks[0].t} on, by up to {changes.max():.2g} standard deviations: positions or "
+               "the mask are wrong in the cache.")
+    return Report("cache", False, summary, leaks, "decode differs from prefill")
 
 
-def _decoded(probe: Probe, length: int, pieces: list[int]) -> Tensor:
-    ids = probe.draw(2, length, seed=11)
+def _cache_changes(probe: Probe, length: int, pieces: list[int], cache_name: str) -> Tensor:
+    """Return how far logits that are decoded in pieces of these lengths differ from one pass: (T,).
+
+    In standard deviations. The cache is the argument `cache_name` of forward, or lmlib's if "".
+    """
+    ids, logits = probe.draw(2, length, seed=11), []
     with torch.no_grad():
         whole = probe(ids)
-        return ((probe.decode(ids, [n for n in pieces if n]) - whole).abs().amax((0, 2)) / spread(whole)).cpu()
+        ours = hasattr(probe.model, "new_cache")
+        cache = probe.model.new_cache(*ids.shape) if ours else None
+        for piece in ids.split([size for size in pieces if size], dim=1):
+            if ours:
+                output = probe.model(piece, cache)
+            else:
+                given = {} if cache is None else {cache_name: cache}
+                output = probe.forward(piece, use_cache=True, **given)
+                pair = isinstance(output, tuple)
+                cache = output[1] if pair else getattr(output, cache_name, None)
+                if cache is None:
+                    raise ValueError(f"the model accepts {cache_name} but returns none")
+            logits.append(probe.to_logits(output, piece.shape))
+        change = (torch.cat(logits, dim=1) - whole).abs().amax((0, 2))
+    return (change / spread(whole)).cpu()

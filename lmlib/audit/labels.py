@@ -1,100 +1,107 @@
-"""Whether the loss is that of the next token."""
+"""Labels: the loss at each position must be that of the next token, shifted once."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lmlib.audit.probe import Probe, fixed_rng
 from lmlib.audit.report import Report
 
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> scalar
+IGNORED = -100  # the label that cross_entropy leaves out
 
-def check_labels(
-    model: nn.Module,
-    inputs: Tensor | None = None,
-    targets: Tensor | None = None,
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
-    vocab_size: int | None = None,
-    padding: int | None = None,
-) -> Report:
-    """Whether the loss at each position is that of the next token: shifted once, not twice or never, and padding left out.
+
+def check_labels(model: nn.Module, inputs: Tensor | None = None, targets: Tensor | None = None,
+                 loss: Loss | None = None, vocab_size: int | None = None,
+                 padding: int | None = None) -> Report:
+    """Check that labels are shifted by one token in all, by the batch or by the loss.
 
     Args:
-        inputs, targets: a batch as training sees it, both (B, T). None: random ids, and what the model's own loss expects.
-        loss: the training loss, of (model, inputs, targets). None: `model.loss(inputs, targets)`, or that which forward gives
-            for `targets=`, or for `labels=` (which transformers' models shift by themselves).
-        padding: the id that fills up short rows, if there is one; its labels must be -100.
+        inputs, targets: a training batch, both (B, T). None: random ids.
+        loss: the training loss. None: `model.loss(inputs, targets)`, or what forward returns for
+            `targets=`, or for `labels=` (which transformers' models shift themselves).
+        padding: the id that fills short rows, if any; its labels must be -100.
 
     Raises:
-        ValueError: the model has no loss that is known, or the batch has another shape.
+        ValueError: the model computes no loss, or the shapes are wrong.
     """
-    if inputs is not None and (targets is None or targets.shape != inputs.shape or inputs.dim() != 2):
+    if inputs is not None and (inputs.dim() != 2 or targets is None
+                               or targets.shape != inputs.shape):
         raise ValueError("inputs and targets must both have the shape (B, T).")
     probe = Probe(model, vocab_size, inputs.shape[1] if inputs is not None else None)
-    loss = loss or _own_loss(probe)
     if inputs is None:
         ids = probe.draw(4, min(probe.sequence_length, 32), seed=5)
-        shifts_itself = "labels" in probe.accepts and not callable(getattr(model, "loss", None))
-        inputs, targets = (ids, ids) if shifts_itself else (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        shifts = "labels" in probe.accepts and not callable(getattr(model, "loss", None))
+        inputs, targets = ids if shifts else ids[:, :-1], ids if shifts else ids[:, 1:]
+        inputs, targets = inputs.contiguous(), targets.contiguous()
     inputs, targets = inputs.to(probe.device), targets.to(probe.device)
     with torch.no_grad():
         logits = probe(inputs)
         with fixed_rng(probe.device, 0):
-            value = float(loss(probe.model, inputs, targets))
-    known, shifts = targets != -100, range(min(4, targets.shape[1]))
-    in_data = next((k for k in shifts if _agree(inputs, targets, known, k)), None)
-    could_be = {k: _cross_entropy(logits, targets, k) for k in shifts}
-    nearest = min(shifts, key=lambda k: abs(could_be[k] - value))
-    in_loss = nearest if abs(could_be[nearest] - value) <= 1e-4 * max(1, abs(value)) else None
-    numbers = {"shift of the batch": in_data, "shift of the loss": in_loss, "loss": value}
-    if in_data is None:
-        return Report("labels", False, "the labels are not the tokens of the batch, at any shift.", [], "foreign labels", numbers)
-    if padding is not None and bool(((inputs == padding).flip(1).cummin(1).values.flip(1) & known).any()):  # at the rows' ends
-        return Report("labels", False, f"padding (id {padding}) is among the labels; write -100 there.", [], "padding", numbers)
-    if in_loss is None:
-        words = f"the loss ({value:.4f}) is the mean cross-entropy of the labels at no shift (at the next token it would be "
-        words += f"{could_be.get(1 - in_data, could_be[0]):.4f}): "
-        if bool(known.all()):
-            return Report("labels", None, words + "something is added to it.", [], "another loss", numbers)
-        return Report("labels", False, words + "labels of -100 are counted, it seems.", [], "another loss", numbers)
-    total = in_data + in_loss
-    if total == 1:
-        return Report("labels", True, "each position's loss is that of the next token, shifted once.", [], "", numbers)
-    name = {0: "unshifted", 2: "shifted twice"}.get(total, f"shifted {total} times")
-    words = "the token that it is given: copying is enough" if total == 0 else f"the token {total} ahead"
-    return Report("labels", False, f"each position's loss is that of {words} (labels {name}).", [], f"labels {name}", numbers)
+            value = float(loss(probe.model, inputs, targets) if loss
+                          else _model_loss(probe, inputs, targets))
+    return _judge(inputs, targets, logits, value, padding)
 
 
-def _own_loss(probe: Probe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """The loss that a model computes by itself."""
+def _judge(inputs: Tensor, targets: Tensor, logits: Tensor, loss: float,
+           padding: int | None) -> Report:
+    """Compare the loss with the cross-entropy of labels (B, T) at every small shift."""
+    shifts, labeled = range(min(4, targets.shape[1])), targets != IGNORED
+    in_batch = next((k for k in shifts if _shifted_by(inputs, targets, k)), None)
+    expected = {k: _cross_entropy(logits, targets, k) for k in shifts}
+    nearest = min(shifts, key=lambda k: abs(expected[k] - loss))
+    in_loss = nearest if abs(expected[nearest] - loss) <= 1e-4 * max(1, abs(loss)) else None
+    passed, fault = False, ""
+    if in_batch is None:
+        fault, summary = "unrelated labels", "the labels are not the batch's tokens at any shift."
+    elif padding is not None and bool((_row_ends(inputs == padding) & labeled).any()):
+        fault, summary = "padding", f"padding (id {padding}) has labels; set them to {IGNORED}."
+    elif in_loss is None:
+        passed, fault = None if bool(labeled.all()) else False, "another loss"
+        why = "something is added to it" if passed is None else f"it may count labels of {IGNORED}"
+        due = expected.get(1 - in_batch, expected[0])
+        summary = (f"the loss ({loss:.4f}) is not the labels' mean cross-entropy at any shift (of "
+                   f"the next token: {due:.4f}): {why}.")
+    elif (total := in_batch + in_loss) == 1:
+        passed, summary = True, "each position's loss is that of the next token, shifted once."
+    else:
+        shift = {0: "unshifted", 2: "shifted twice"}.get(total, f"shifted {total} times")
+        label = f"the token {total} ahead" if total else "its own input, which it can copy"
+        fault, summary = f"labels {shift}", f"each position's label is {label} (labels {shift})."
+    numbers = {"shift of the batch": in_batch, "shift of the loss": in_loss, "loss": loss}
+    return Report("labels", passed, summary, pattern=fault, numbers=numbers)
+
+
+def _model_loss(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss that the model itself computes."""
     if callable(getattr(probe.model, "loss", None)):
-        return lambda model, x, y: model.loss(x, y)
+        return probe.model.loss(inputs, targets)
     name = next((name for name in ("targets", "labels") if name in probe.accepts), None)
-    if name is None:
-        raise ValueError("The model has no loss that is known: pass loss=lambda model, inputs, targets: ...")
-
-    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        output = probe.forward(x, **{name: y})
-        found = getattr(output, "loss", None)
-        if found is None:
-            parts = output if isinstance(output, tuple) else (output,)
-            found = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 0), None)
-        if found is None:
-            raise ValueError(f"The model gives no loss for {name}=...: pass loss=lambda model, inputs, targets: ...")
-        return found
-
+    output = probe.forward(inputs, **{name: targets}) if name else None
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        parts = output if isinstance(output, tuple) else (output,)
+        loss = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 0), None)
+    if loss is None:
+        raise ValueError("The model computes no loss that the audit knows: pass "
+                         "loss=lambda model, inputs, targets: ...")
     return loss
 
 
-def _agree(inputs: Tensor, targets: Tensor, known: Tensor, k: int) -> bool:
-    T = inputs.shape[1]
-    same = targets[:, : T - k] == inputs[:, k:]
-    return bool((same | ~known[:, : T - k]).all())
+def _shifted_by(inputs: Tensor, targets: Tensor, k: int) -> bool:
+    """Check whether every label at t, unless ignored, is the input at t + k."""
+    labels = targets[:, : targets.shape[1] - k]
+    return bool(((labels == inputs[:, k:]) | (labels == IGNORED)).all())
+
+
+def _row_ends(padding: Tensor) -> Tensor:
+    """Return where padding (B, T) lasts to the end of its row; elsewhere its id may be a token."""
+    return padding.flip(1).cummin(1).values.flip(1)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, k: int) -> float:
-    """Mean over the labels that are not -100 of the loss of logits t for the label at t + k."""
-    T = targets.shape[1]
-    return float(
-        nn.functional.cross_entropy(logits[:, : T - k].flatten(0, 1).double(), targets[:, k:].flatten(), ignore_index=-100)
-    )
+    """Return the mean loss of the logits at t for the label at t + k."""
+    logits = logits[:, : targets.shape[1] - k].flatten(0, 1).double()
+    return float(cross_entropy(logits, targets[:, k:].flatten(), ignore_index=IGNORED))

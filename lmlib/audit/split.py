@@ -1,7 +1,7 @@
-"""Text shared across the split, and the tokenizer."""
+"""Contamination: held-out text that also occurs in training text, or that the tokenizer knows."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,156 +11,156 @@ from torch import Tensor
 from lmlib.audit.report import Report
 from lmlib.text import normalize
 
-NGRAM = 13  # words or tokens in a row that two texts do not share by chance (GPT-3, arXiv:2005.14165, appendix C)
+NGRAM = 13  # words or tokens; a shorter run recurs by coincidence (arXiv:2005.14165, appendix C)
+NEAR = 0.5  # a document that shares this share of its words, in n-grams, is a near duplicate
+SHARED = 0.2  # share of held-out text that set phrases, stage directions and licenses may explain
 
-
-NEAR = 0.5  # share of a document's n-grams that makes it a near duplicate
-
-
-SHARED = 0.2  # share of the held-out text that may stand in training text: set phrases, stage directions, licences
+# Constants of splitmix64 (doi:10.1145/2660193.2660195): the hash's base and its last mixing.
+BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)
 
 
 def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM) -> Report:
-    """Whether held-out documents are new: no document on both sides, exactly or but for case, spacing and Unicode's forms,
-    none of which half the runs of `n` words stand in training text, and at most SHARED of all its words.
+    """Check that no held-out document is a copy or near duplicate of training text.
+
+    Case, spacing and Unicode's compatibility forms are ignored. A near duplicate shares half of its
+    words, in runs of `n`, with training text; of all held-out words, at most SHARED may be shared.
 
     Raises:
-        ValueError: a side has no document.
+        ValueError: there are no training or no held-out documents.
     """
     training, held_out = list(training), list(held_out)
     if not training or not held_out:
-        raise ValueError("check_split needs documents on both sides.")
-    exact, seen = set(training), {normalize(text) for text in training}
-    copies = [number for number, text in enumerate(held_out) if text in exact]
-    same = [number for number, text in enumerate(held_out) if text not in exact and normalize(text) in seen]
+        raise ValueError("check_split needs training and held-out documents; one list is empty.")
+    exact, normalized = set(training), {normalize(text) for text in training}
+    copies = [i for i, text in enumerate(held_out) if text in exact]
+    same = [i for i, text in enumerate(held_out)
+            if text not in exact and normalize(text) in normalized]
     vocabulary: dict[str, int] = {}
-    words = [_words(text, vocabulary) for text in held_out]
-    left, right = (_joined(side) for side in ((_words(text, vocabulary) for text in training), words))
-    shared = shared_tokens(left, right, n)
-    ends = np.cumsum([len(part) + 1 for part in words])
-    shares = [float(part[:-1].mean()) if len(part) > 1 else 0.0 for part in np.split(shared, ends[:-1])]
-    near = [number for number, share in enumerate(shares) if share >= NEAR and number not in {*copies, *same}]
-    share = float(shared.sum() / max(1, len(right) - len(held_out)))
-    numbers = {"copies": copies, "same but for form": same, "near duplicates": near, "share of words": share, "shares": shares}
-    found = [
-        f"{len(part)} of {len(held_out)} held-out documents {what}"
-        for part, what in (
-            (copies, "stand in the training text as they are"),
-            (same, "stand there but for case, spacing or Unicode's forms"),
-            (near, f"share half their runs of {n} words or more with it"),
-        )
-        if part
-    ]
-    names = [name for name, part in (("duplicates", copies + same), ("near duplicates", near)) if part]
-    words_shared = f"{share:.2%} of the held-out words stand in a run of {n} that training text has too"
-    if found or share > SHARED:
-        return Report("split", False, f"{'; '.join([*found, words_shared])}.", [], " and ".join(names) or "shared text", numbers)
-    return Report("split", True, f"no held-out document is in the training text; {words_shared}.", [], "", numbers)
+    documents = _word_ids(held_out, vocabulary)
+    shared = shared_tokens(np.concatenate(_word_ids(training, vocabulary)),
+                           np.concatenate(documents), n)
+    parts = np.split(shared, np.cumsum([len(ids) for ids in documents])[:-1])
+    shares = [float(part[:-1].mean()) if len(part) > 1 else 0.0 for part in parts]
+    near = [i for i, share in enumerate(shares) if share >= NEAR and i not in {*copies, *same}]
+    share = float(shared.sum() / max(1, len(shared) - len(held_out)))  # less the separators
+    numbers = {"copies": copies, "normalized copies": same, "near duplicates": near,
+               "share of words": share, "shares": shares}
+    kinds = {"are copies of training documents": copies,
+             "are copies but for case, spacing or Unicode forms": same,
+             f"share half of their words or more, in runs of {n}, with training text": near}
+    found = [f"{len(part)} of {len(held_out)} held-out documents {kind}"
+             for kind, part in kinds.items() if part]
+    shared_words = f"{share:.2%} of the held-out words are in runs of {n} that training text has"
+    if not found and share <= SHARED:
+        summary = f"no held-out document is in the training text; {shared_words}."
+        return Report("split", True, summary, numbers=numbers)
+    names = {"duplicates": copies + same, "near duplicates": near}
+    fault = " and ".join(name for name, part in names.items() if part) or "shared text"
+    return Report("split", False, f"{'; '.join([*found, shared_words])}.", [], fault, numbers)
 
 
 def check_windows(training: np.ndarray, windows: Tensor, n: int = NGRAM) -> Report:
-    """The same for the windows of an evaluation, as tokens: which of them stand in training text, run by run.
+    """Check that the windows of an evaluation do not occur in training text.
 
     Args:
-        training: the tokens of the training side, (tokens,).
+        training: the training tokens, (tokens,).
         windows: whole held-out windows (W, T + 1).
     """
     if windows.shape[1] < n:
-        return Report("split", None, f"windows of {windows.shape[1]} tokens are too short to tell: no run of {n} fits.")
-    shared = shared_windows(training, windows, n)
-    of_window = shared.double().mean(1)
-    share, most = float(of_window.mean()), int((of_window >= NEAR).sum())
+        return Report("split", None, f"windows of {windows.shape[1]} tokens have no runs of {n}.")
+    shares = shared_windows(training, windows, n).double().mean(1)
+    share, most = float(shares.mean()), int((shares >= NEAR).sum())
     numbers = {"share of tokens": share, "windows mostly shared": most}
-    words = f"{share:.2%} of the held-out tokens stand in a run of {n} tokens that training text has too"
-    if share > SHARED:
-        what = "the score measures memory" if share > 0.9 else "part of the score may be memory"
-        words += f"; {most} of {len(windows)} windows for the most part: {what}."
-        name = "overlapping windows" if share > 0.9 else "shared text"
-        return Report("split", False, words, [], name, numbers)
-    return Report("split", True, words + ".", [], "", numbers)
+    summary = f"{share:.2%} of the held-out tokens are in runs of {n} that training text has"
+    if share <= SHARED:
+        return Report("split", True, f"{summary}.", numbers=numbers)
+    fault, meaning = "shared text", "memorizing may explain part of the score"
+    if share > 0.9:
+        fault, meaning = "overlapping windows", "the score measures memorization"
+    summary += f"; {most} of {len(windows)} windows are mostly shared: {meaning}."
+    return Report("split", False, summary, [], fault, numbers)
 
 
 def shared_windows(training: np.ndarray, windows: Tensor, n: int = NGRAM) -> Tensor:
-    """Which tokens of windows (W, T + 1) stand in a run of `n` tokens that the training side has: (W, T + 1), bool."""
+    """Return which tokens of windows (W, T + 1) are in runs of `n` that training contains, bool."""
     rows = windows.numpy().astype(np.int64)
     return torch.from_numpy(np.stack(list(_shared_rows(training, rows, n))))
 
 
 def shared_tokens(training: np.ndarray, held_out: np.ndarray, n: int = NGRAM) -> np.ndarray:
-    """Which of the held-out tokens stand in a run of `n` that occurs in training too: (tokens,), bool. Negative tokens stand
-    between documents and belong to no run."""
+    """Return which held-out tokens are in runs of `n` that training contains: (tokens,), bool.
+
+    Negative tokens separate documents and are in no run.
+    """
     return next(_shared_rows(training, held_out[None], n))
 
 
-def _shared_rows(training: np.ndarray, rows: np.ndarray, n: int, chunk: int = 4_000_000) -> Iterable[np.ndarray]:
-    hashes = [_ngrams(row, n) for row in rows]
-    wanted = np.unique(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
-    likely = np.zeros(2**20, dtype=bool)  # most n-grams of the training side are told apart by these bits alone
-    likely[(wanted >> np.uint64(44)).astype(np.int64)] = True
-    found = []
+def _shared_rows(training: np.ndarray, rows: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    hashes, chunk = [_ngrams(row, n) for row in rows], 4_000_000
+    wanted = np.unique(np.concatenate(hashes))
+    # A table of the hashes' top 20 bits rules out most training n-grams before the search.
+    likely = np.zeros(2**20, dtype=bool)
+    likely[wanted >> np.uint64(44)] = True
+    found = [np.empty(0, np.uint64)]
     for start in range(0, len(training), chunk):
         present = _ngrams(np.asarray(training[start : start + chunk + n - 1]).astype(np.int64), n)
-        present = present[likely[(present >> np.uint64(44)).astype(np.int64)]]
+        present = present[likely[present >> np.uint64(44)]]
         found.append(np.unique(present[np.isin(present, wanted)]))
-    known = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    known = np.concatenate(found)
     for row, grams in zip(rows, hashes, strict=True):
-        starts = np.isin(grams, known) & _whole(row, n)
-        covered = np.zeros(len(row), dtype=np.int64)  # +1 where a shared run begins, -1 behind its end
-        covered[: len(starts)] += starts
-        covered[n:] -= starts[: len(row) - n]
+        separators = np.cumsum(np.append(0, row < 0))  # before each place
+        starts = np.isin(grams, known) & (separators[n:] == separators[:-n])
+        covered = np.zeros(len(row), dtype=np.int64)
+        covered[: len(starts)] += starts  # +1 where a shared run begins, -1 behind its end
+        covered[n:] -= starts[:-1]
         yield np.cumsum(covered) > 0
 
 
 def _ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """A 64-bit hash of the `n` tokens that begin at each place, a polynomial of them: (tokens - n + 1,) uint64. Runs of 1, 2,
-    4, ... tokens are hashed from those of half their length, and put together as the binary digits of `n` say."""
-    size, prime = len(tokens) - n + 1, 0x9E3779B97F4A7C15
+    """Return a 64-bit polynomial hash of the `n` tokens from each place on: (tokens - n + 1,).
+
+    Runs of 1, 2, 4, ... tokens are hashed by doubling, and joined as the binary digits of `n` say.
+    """
+    size = len(tokens) - n + 1
     if size < 1:
         return np.empty(0, np.uint64)
     part, length, covered = tokens.astype(np.uint64) + np.uint64(1), 1, 0
     total = np.zeros(size, np.uint64)
     while length <= n:
+        power = np.uint64(pow(BASE, length, 2**64))
         if n & length:
-            total = total * np.uint64(pow(prime, length, 2**64)) + part[covered : covered + size]
+            total = total * power + part[covered : covered + size]
             covered += length
-        part, length = part[:-length] * np.uint64(pow(prime, length, 2**64)) + part[length:], 2 * length
-    total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # mixed as splitmix64 does
+        part, length = part[:-length] * power + part[length:], 2 * length
+    total = (total ^ (total >> np.uint64(30))) * MIX
     return total ^ (total >> np.uint64(27))
 
 
-def _whole(tokens: np.ndarray, n: int) -> np.ndarray:
-    """At which places `n` tokens begin of which none is negative."""
-    if len(tokens) < n:
-        return np.empty(0, dtype=bool)
-    ends = np.concatenate([[0], np.cumsum(tokens < 0)])
-    return ends[n:] == ends[:-n]
-
-
-def _words(text: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """The numbers of a text's words, punctuation and case left out."""
-    words = re.findall(r"\w+", normalize(text))
-    return np.array([vocabulary.setdefault(word, len(vocabulary)) for word in words], dtype=np.int64)
-
-
-def _joined(documents: Iterable[np.ndarray]) -> np.ndarray:
-    parts = [part for document in documents for part in (document, np.array([-1]))]
-    return np.concatenate(parts)
+def _word_ids(texts: Iterable[str], vocabulary: dict[str, int]) -> list[np.ndarray]:
+    """Return each text's words as ids, then -1; `vocabulary` gains the words that it lacks."""
+    words = (re.findall(r"\w+", normalize(text)) for text in texts)
+    return [np.array([*(vocabulary.setdefault(word, len(vocabulary)) for word in text), -1])
+            for text in words]
 
 
 def check_tokenizer(tokenizer: Any, training: Iterable[str], held_out: Iterable[str]) -> Report:
-    """Whether a tokenizer that was trained here knows only training text: every token that held-out text uses and that stands
-    for two characters or more must occur in the training text, from which alone it could have been learnt."""
-    plain = set(tokenizer.all_special_ids)
-    used = {i for ids in tokenizer(list(held_out), add_special_tokens=False)["input_ids"] for i in ids} - plain
-    in_training = {i for ids in tokenizer(list(training), add_special_tokens=False)["input_ids"] for i in ids}
-    texts = {i: tokenizer.decode([i]) for i in used - in_training}
-    whole = "\n".join(training)
-    unknown = sorted(text for text in texts.values() if len(text) > 1 and "\ufffd" not in text and text not in whole)
+    """Check that a tokenizer trained in this run was trained on training text alone.
+
+    Every token of two characters or more that held-out text uses must occur in training text.
+    """
+
+    def ids_of(texts: Iterable[str]) -> set[int]:
+        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return {i for ids in rows for i in ids}
+
+    used = ids_of(held_out) - set(tokenizer.all_special_ids)
+    tokens, text = [tokenizer.decode([i]) for i in used - ids_of(training)], "\n".join(training)
+    unknown = sorted(token for token in tokens
+                     if len(token) > 1 and "\ufffd" not in token and token not in text)
     numbers = {"unknown to training text": unknown}
-    if unknown:
-        words = (
-            f"{len(unknown)} tokens occur in held-out text and nowhere in training text ({', '.join(map(repr, unknown[:4]))}): "
-        )
-        return Report("tokenizer", False, words + "it was trained on both.", [], "tokenizer saw held-out text", numbers)
-    words = "every token that held-out text uses could have been learnt from training text."
-    return Report("tokenizer", True, words, [], "", numbers)
+    if not unknown:
+        summary = "every token of the held-out text could be learned from the training text."
+        return Report("tokenizer", True, summary, numbers=numbers)
+    summary = (f"{len(unknown)} tokens occur in held-out text but not in training text "
+               f"({', '.join(map(repr, unknown[:4]))}): the tokenizer was trained on both.")
+    return Report("tokenizer", False, summary, [], "tokenizer saw held-out text", numbers)

@@ -1,4 +1,4 @@
-"""Writing in the terminal: a session with history and line editing, or a batch of prompts to text or JSON lines."""
+"""lmlib generate: an interactive session, or a batch of prompts to text or JSON lines."""
 
 import argparse
 import contextlib
@@ -6,64 +6,62 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lmlib import checkpoint
 from lmlib.cli import look
 from lmlib.files import resolve_path
-from lmlib.generation.settings import Settings
-from lmlib.generation.text import ROWS, check_top_k, complete, describe_continuation, encode, generate_ids
+from lmlib.generation import text as generation
+from lmlib.generation.settings import Settings, format_setting, parse_setting
 from lmlib.leaks import known_leaks
 from lmlib.text import printable
 
-HELP = """Type a prompt and Enter. Ctrl-C stops a text. Other lines mean:
+HELP = """Type a prompt and press Enter. Ctrl-C stops the generation. These lines are commands:
   checkpoints               list the run's checkpoints
-  load <step>               write with that one; load alone takes the newest
-  params                    show what is set
+  load <step>               use that checkpoint; load alone: the newest
+  params                    show the settings
   set <name> <value>        set temperature 0.7, set top_k 0, set stop_strings \\n
-  again                     the last prompt with the next seed
+  again                     repeat the last prompt with the next seed
   help, quit"""
 
 
-def given_settings(options: argparse.Namespace) -> Settings:
-    """The settings that the command line asks for.
-
-    Raises:
-        ValueError: one cannot be read or is out of range.
-    """
-    texts = {setting.name: getattr(options, setting.name) for setting in fields(Settings)}
-    return Settings(**{name: read_setting(name, text) for name, text in texts.items() if text is not None})
-
-
-def read_setting(name: str, text: str) -> Any:
-    """A setting's value from what a person types; "none" stands for none."""
-    kinds = {"max_new_tokens": int, "top_k": int, "seed": int, "ignore_eos": bool, "past_window": str, "stop_strings": tuple}
-    kind = kinds.get(name, float)
-    if kind is tuple:
-        return tuple(stop.replace("\\n", "\n").replace("\\t", "\t") for stop in text.split("|")) if text != "none" else ()
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if text.lower() == "none" and name in ("top_k", "top_p", "min_p"):
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        return text  # Settings says what is wrong with it
+def generate(options: argparse.Namespace) -> int:
+    """Generate interactively, or in batch mode if the options ask for it or name prompts."""
+    given = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    settings = Settings(**{name: parse_setting(name, text) for name, text in given.items()
+                           if text is not None})
+    has_batch = bool(options.prompts or options.prompts_file or options.output or options.format)
+    if options.mode == "interactive" and has_batch:
+        raise ValueError("--prompts, --prompts-file, --output and --format belong to --mode batch")
+    if options.mode == "batch" or has_batch:
+        return batch(options, settings)
+    return interact(options.run, options.step, settings)
 
 
-def shown_setting(value: Any) -> str:
-    return "|".join(stop.replace("\n", "\\n") for stop in value) or "none" if isinstance(value, tuple) else str(value).lower()
+# ---------------------------------------------------------------------------------------------
+# Interactive
 
 
-def interact(run: str, step: int | None, settings: Settings, list_checkpoints: Any) -> int:
+@dataclass
+class Session:
+    """What the commands of an interactive session change."""
+
+    run: str
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    prompt: str = ""  # the last one
+
+
+def interact(run: str, step: int | None, settings: Settings) -> int:
     """Read prompts and commands until `quit` or the end of input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` line editing and a history)
-    model, tokenizer = checkpoint.load(run, step)
+    session = Session(run, *checkpoint.load(run, step), settings)
     _warn_of_leaks(run)
-    steps, last = checkpoint.checkpoint_steps(resolve_path(run)), ""
+    steps = checkpoint.checkpoint_steps(resolve_path(run))
     print(HELP)
     while True:
         try:
@@ -75,115 +73,134 @@ def interact(run: str, step: int | None, settings: Settings, list_checkpoints: A
             print()
             return 0
         except KeyboardInterrupt:
-            print("\n(quit leaves)")
+            print("\n(type quit to leave)")
             continue
+        if line.split() in (["quit"], ["exit"]):
+            return 0
         try:
-            match line.split(maxsplit=2):
-                case ["quit" | "exit"]:
-                    return 0
-                case ["help"]:
-                    print(HELP)
-                case ["checkpoints"]:
-                    list_checkpoints(resolve_path(run))
-                case ["load", *which] if len(which) < 2:
-                    if which and not which[0].isdecimal():
-                        raise ValueError(f"load {which[0]}: write a step, as in load 500, or load alone for the newest")
-                    folder = checkpoint.find_checkpoint(run, int(which[0]) if which else None)
-                    model, tokenizer = checkpoint.load(folder)
-                    print(f"Loaded {printable(folder.name.replace('checkpoint_step_', 'step '))}.")
-                case ["params" | "set"]:
-                    print("\n".join(f"{name}: {shown_setting(value)}" for name, value in asdict(settings).items()))
-                case ["set", name, value] if name in asdict(settings):
-                    settings = replace(settings, **{name: read_setting(name, value)})
-                    print(f"{name}: {shown_setting(getattr(settings, name))}")
-                case ["set", name, *_]:
-                    known = ", ".join(asdict(settings))
-                    raise ValueError(f"set {name}: write set, a name and a value; the names are {known}")
-                case ["again"]:
-                    if not last:
-                        raise ValueError("again: there is no prompt yet")
-                    settings = replace(settings, seed=settings.seed + 1)
-                    print(f"(seed {settings.seed})")
-                    _say(model, tokenizer, last, settings)
-                case _:
-                    last = line
-                    _say(model, tokenizer, line, settings)
+            _execute(session, line)
         except KeyboardInterrupt:
             print("\n(stopped)\n")
         except ValueError as error:
             print(f"Error: {printable(str(error))}")
 
 
+def _execute(session: Session, line: str):
+    """Execute a command; any other line is a prompt."""
+    match line.split(maxsplit=2):
+        case ["help"]:
+            print(HELP)
+        case ["checkpoints"]:
+            look.print_checkpoints(resolve_path(session.run))
+        case ["load"]:
+            _load(session, None)
+        case ["load", step]:
+            if not step.isdecimal():
+                raise ValueError(f"load {step}: write a step, as in load 500, or load alone for "
+                                 "the newest")
+            _load(session, int(step))
+        case ["params" | "set"]:
+            for name, value in asdict(session.settings).items():
+                print(f"{name}: {format_setting(value)}")
+        case ["set", name, text] if name in asdict(session.settings):
+            session.settings = replace(session.settings, **{name: parse_setting(name, text)})
+            print(f"{name}: {format_setting(getattr(session.settings, name))}")
+        case ["set", name, *_]:
+            raise ValueError(f"set {name}: write set, a name and a value; the names are "
+                             f"{', '.join(asdict(session.settings))}")
+        case ["again"]:
+            if not session.prompt:
+                raise ValueError("again: there is no prompt yet")
+            session.settings = replace(session.settings, seed=session.settings.seed + 1)
+            print(f"(seed {session.settings.seed})")
+            _generate(session)
+        case _:
+            session.prompt = line
+            _generate(session)
+
+
+def _load(session: Session, step: int | None):
+    folder = checkpoint.find_checkpoint(session.run, step)
+    session.model, session.tokenizer = checkpoint.load(folder)
+    print(f"Loaded {printable(folder.name.replace('checkpoint_step_', 'step '))}.")
+
+
+def _generate(session: Session):
+    """Print a continuation as it is generated, then its speed and why it ended."""
+    model, tokenizer, prompt = session.model, session.tokenizer, session.prompt
+    ids, began = generation.encode(model, tokenizer, prompt), time.monotonic()
+    print(f"🤖 Generated: {printable(prompt)}", end="", flush=True)
+    for [text] in generation.generate_ids(model, tokenizer, [ids], session.settings):
+        print(printable(text.piece), end="", flush=True)
+    seconds = time.monotonic() - began
+    print(f"\n({generation.describe_continuation(text, model.config.sequence_length, seconds)})\n")
+
+
 def _warn_of_leaks(run: str):
     if found := known_leaks(resolve_path(run)):
-        print(f"This model LEAKS ({printable(found)}): its scores and texts are not those of a language model.", file=sys.stderr)
+        print(f"This model LEAKS ({printable(found)}): its scores and texts are not those of a "
+              "language model.", file=sys.stderr)
 
 
-def _say(model: Any, tokenizer: Any, prompt: str, settings: Settings):
-    """Write one text as it comes, and below it how fast and why it ended."""
-    ids, began = encode(model, tokenizer, prompt), time.monotonic()
-    print(f"🤖 Generated: {printable(prompt)}", end="", flush=True)
-    for [text] in generate_ids(model, tokenizer, [ids], settings):
-        print(printable(text.piece), end="", flush=True)
-    print(f"\n({describe_continuation(text, model.config.sequence_length, time.monotonic() - began)})\n")
+# ---------------------------------------------------------------------------------------------
+# Batch
 
 
 def batch(options: argparse.Namespace, settings: Settings) -> int:
     """Continue every prompt, to standard output or --output, as text or JSON lines.
 
     Raises:
-        ValueError: there is no prompt, one does not fit the model's window, or top_k the vocabulary; nothing was written.
+        ValueError: there is no prompt, a prompt is longer than the context window, or top_k is
+            larger than the vocabulary; nothing was written.
     """
     prompts = list(_prompts(options))
     if not prompts:
-        raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", or --prompts-file FILE (or -)')
+        raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", '
+                         "or --prompts-file FILE (or -)")
     model, tokenizer = checkpoint.load(options.run, options.step)
     _warn_of_leaks(options.run)
-    check_top_k(model, settings)
+    generation.check_top_k(model, settings)
     ids = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids.append(encode(model, tokenizer, prompt))
+            ids.append(generation.encode(model, tokenizer, prompt))
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
-    as_json = options.format == "jsonl" or (options.format is None and (options.output or "").endswith(".jsonl"))
-    with open(options.output, "w", encoding="utf-8") if options.output else contextlib.nullcontext(sys.stdout) as out:
-        for start in range(0, len(prompts), ROWS):
-            rows = slice(start, start + ROWS)
-            texts = complete(generate_ids(model, tokenizer, ids[rows], settings))
+    with (open(options.output, "w", encoding="utf-8") if options.output
+          else contextlib.nullcontext(sys.stdout)) as out:
+        for start in range(0, len(prompts), generation.ROWS):
+            rows = slice(start, start + generation.ROWS)
+            steps = generation.generate_ids(model, tokenizer, ids[rows], settings)
+            texts = generation.complete(steps)
             for prompt, text in zip(prompts[rows], texts, strict=True):
-                if as_json:
-                    line = {"prompt": prompt, "text": text.text, "tokens": len(text.ids), "ended_by": text.ended_by}
-                    print(json.dumps(line), file=out, flush=True)
-                else:
-                    whole = prompt + text.text if options.output else printable(prompt + text.text)
-                    print(f"🎯 Prompt: {printable(prompt)}\n🤖 Generated: {whole}\n", file=out, flush=True)
+                print(_format(options, prompt, text), file=out, flush=True)
     return 0
 
 
+def _format(options: argparse.Namespace, prompt: str, text: Any) -> str:
+    """Return a continuation as a JSON line or as text; what a terminal shows is made printable."""
+    name = options.output or ""
+    if (options.format or ("jsonl" if name.endswith(".jsonl") else "text")) == "jsonl":
+        return json.dumps({"prompt": prompt, "text": text.text, "tokens": len(text.ids),
+                           "ended_by": text.ended_by})
+    whole = prompt + text.text if options.output else printable(prompt + text.text)
+    return f"🎯 Prompt: {printable(prompt)}\n🤖 Generated: {whole}\n"
+
+
 def _prompts(options: argparse.Namespace) -> Iterator[str]:
-    """--prompts, then the lines of --prompts-file; "-" in either place stands for standard input's lines."""
-    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in options.prompts]  # bytes that are no text
-    for prompt in prompts:
-        yield from _lines(sys.stdin) if prompt == "-" else [prompt]
+    """Yield --prompts, then the lines of --prompts-file; "-" stands for standard input's lines."""
+    for prompt in options.prompts:
+        if prompt == "-":
+            yield from _lines(sys.stdin)
+        else:
+            yield prompt.encode("utf-8", "replace").decode()  # arguments may hold lone surrogates
     if options.prompts_file == "-":
         yield from _lines(sys.stdin)
     elif options.prompts_file:
-        with open(Path(options.prompts_file).expanduser(), encoding="utf-8", errors="replace") as file:
-            yield from _lines(file)
+        file = Path(options.prompts_file).expanduser()
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            yield from _lines(lines)
 
 
-def _lines(file: Any) -> Iterator[str]:
-    return (line for line in (line.rstrip("\r\n") for line in file) if line)
-
-
-def generate(options: argparse.Namespace) -> int:
-    pass
-
-    settings = given_settings(options)
-    has_batch = bool(options.prompts or options.prompts_file or options.output or options.format)
-    if options.mode == "interactive" and has_batch:
-        raise ValueError("--prompts, --prompts-file, --output and --format belong to --mode batch")
-    if options.mode == "batch" or has_batch:
-        return batch(options, settings)
-    return interact(options.run, options.step, settings, look._print_checkpoints)
+def _lines(file: TextIO) -> Iterator[str]:
+    return filter(None, (line.rstrip("\r\n") for line in file))

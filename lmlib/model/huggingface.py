@@ -9,238 +9,260 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmlib.config import RunConfig
+from lmlib.config import MLA_ONLY, MLP_ONLY, MODEL, MOE_ONLY, RunConfig
 from lmlib.leaks import LEAKY
 from lmlib.model.transformer import LanguageModel
 from lmlib.text import printable
 
+NO_MASK = "lmlib_no_causal_mask"  # a setting of ours: no stock class can do without the mask
+
+# Model parameters that a stock configuration holds in another form; the others keep their names.
+_TRANSLATED = {"attention", "feed_forward", "rope_theta", "causal_mask", "num_experts"}
+
+# Our stacked expert matrices, and the stock classes' matrices of one expert.
+_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+# Settings of a stock configuration that change no output of a model in evaluation mode, or that
+# are checked apart from the others.
+_IGNORED = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "first_k_dense_replace", "head_dim",
+    "id2label", "initializer_range", "is_encoder_decoder", "label2id", LEAKY,
+    "max_position_embeddings", "model_type", "num_local_experts", "num_mtp_layers",
+    "num_nextn_predict_layers", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim",
+    "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "use_cache",
+}
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, half-written, foreign or of a class that lmlib does not have."""
-
-
-NO_MASK = "lmlib_no_causal_mask"
+    """A checkpoint that is corrupted, incomplete or of a model that lmlib does not support."""
 
 
 def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
-    """The transformers configuration of the stock class whose names and arithmetic ours are."""
+    """Return the transformers configuration of the stock class with our names and arithmetic."""
     import transformers
 
     shared = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        **_same_names(config, MODEL + MLP_ONLY),
         "num_key_value_heads": config.num_attention_heads,
         "max_position_embeddings": config.sequence_length,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "rms_norm_eps": 1e-6,
         "dtype": "float32",
         "bos_token_id": getattr(tokenizer, "bos_token_id", None),
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-        **({} if config.causal_mask else {NO_MASK: True}),  # which no stock class can be
     }
-    experts = {
-        "n_routed_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 0 if config.feed_forward == "moe" else config.num_hidden_layers,
-        **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0},
-    }
-    if config.attention == "mha" and config.feed_forward == "mlp":
+    if not config.causal_mask:
+        shared[NO_MASK] = True
+    if config.attention == "mla":
+        return transformers.DeepseekV3Config(
+            architectures=["DeepseekV3ForCausalLM"], **_same_names(config, MLA_ONLY),
+            **_expert_settings(config), **shared)
+    if config.feed_forward == "mlp":
         return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **shared)
-    if config.attention == "mha":
-        shared["rope_parameters"]["partial_rotary_factor"] = 1.0
-        head_dim = config.hidden_size // config.num_attention_heads
-        return transformers.Glm4MoeConfig(
-            architectures=["Glm4MoeForCausalLM"], head_dim=head_dim, use_qk_norm=False, **shared, **experts
-        )
-    return transformers.DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"],
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        v_head_dim=config.v_head_dim,
-        rope_interleave=config.rope_interleave,
-        **shared,
-        **experts,
-    )
+    shared["rope_parameters"]["partial_rotary_factor"] = 1.0
+    return transformers.Glm4MoeConfig(
+        architectures=["Glm4MoeForCausalLM"], use_qk_norm=False,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        **_expert_settings(config), **shared)
 
 
-# What a stock configuration may say without changing the arithmetic of a model in evaluation mode.
-_HARMLESS = {
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"),
-    *("initializer_range", "attention_dropout", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("max_position_embeddings", "first_k_dense_replace", "num_nextn_predict_layers", "num_mtp_layers"),
-    *("output_router_logits", "head_dim", "qk_head_dim", LEAKY),
-    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("problem_type", "is_encoder_decoder", "torchscript", "num_local_experts", "tokenizer_class", "task_specific_params"),
-}
+def _same_names(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names if name not in _TRANSLATED}
 
 
-_OF_EXPERTS = {
-    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"),
-    *("norm_topk_prob", "routed_scaling_factor"),
-}
+def _expert_settings(config: RunConfig) -> dict[str, Any]:
+    dense_layers = config.num_hidden_layers if config.feed_forward == "mlp" else 0
+    return {
+        **_same_names(config, MOE_ONLY),
+        "n_routed_experts": config.num_experts, "n_shared_experts": 1,
+        "first_k_dense_replace": dense_layers, "num_nextn_predict_layers": 0,
+        "n_group": 1, "topk_group": 1,  # no groups of experts
+        "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+    }
 
 
-def config_of(folder: Path) -> RunConfig:
-    """The model's part of a RunConfig, read from a Hugging Face folder's config.json.
+def read_config(folder: Path) -> RunConfig:
+    """Read the model's parameters from a Hugging Face folder's config.json.
 
     Raises:
-        CheckpointError: the class is not one of ours, or a setting has a value that ours lacks.
+        CheckpointError: lmlib does not support the class or one of its settings.
     """
     import transformers
 
+    file = folder / "config.json"
     try:
-        stock = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        settings = stock.to_dict()
-    except Exception as error:  # transformers raises whatever a strange config.json makes it stumble over
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    kinds = {"deepseek_v3": "mla", "llama": "mha", "glm4_moe": "mha"}
-    if settings.get("model_type") not in kinds:
-        raise CheckpointError(f"{folder} holds a {settings.get('model_type')} model; lmlib reads {', '.join(sorted(kinds))}.")
-    attention, layers = kinds[settings["model_type"]], settings["num_hidden_layers"]
-    dense = min(settings.get("first_k_dense_replace", layers), layers)  # layers without experts, from the first on
-    is_moe = dense == 0
-    if 0 < dense < layers or (settings["model_type"] == "glm4_moe" and not is_moe):
-        raise CheckpointError(
-            f"{folder} has {dense} dense layers of {layers} (first_k_dense_replace); lmlib's layers are all of one kind, and "
-            "GLM's always have experts."
-        )
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    names += ["attention_bias", "tie_word_embeddings"]
-    if attention == "mla":
-        names += ["q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave"]
-    if is_moe:
-        names += ["num_experts_per_tok", "moe_intermediate_size"]
+        settings = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False).to_dict()
+    except Exception as error:  # a corrupted config.json makes transformers raise almost anything
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    attention, feed_forward = _kind(folder, settings)
+    mla, moe = attention == "mla", feed_forward == "moe"
+    names = {*MODEL, *MLP_ONLY, *(MLA_ONLY if mla else ()), *(MOE_ONLY if moe else ())}
     try:
         config = RunConfig(
-            attention=attention,
-            feed_forward="moe" if is_moe else "mlp",
-            **({"num_experts": settings["n_routed_experts"]} if is_moe else {}),
+            attention=attention, feed_forward=feed_forward,
             rope_theta=settings["rope_parameters"]["rope_theta"],
             sequence_length=settings["max_position_embeddings"],
             causal_mask=not settings.get(NO_MASK, False),
-            **{name: settings[name] for name in names},
-        )
+            **({"num_experts": settings["n_routed_experts"]} if moe else {}),
+            **{name: settings[name] for name in names - _TRANSLATED})
         ours = stock_config(config).to_dict()
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that lmlib has: {error}") from error
-    lacking = [
-        f"{name} = {value!r}"
-        for name, value in settings.items()
-        if name not in (_HARMLESS if is_moe else _HARMLESS | _OF_EXPERTS) and value is not None and ours.get(name) != value
-    ]
-    head_dim = settings.get("head_dim")
-    if attention == "mha" and head_dim not in (None, config.hidden_size // config.num_attention_heads):
-        lacking.append(f"head_dim = {head_dim}")
-    if lacking:
-        raise CheckpointError(f"{folder} has settings that lmlib lacks: {', '.join(sorted(lacking))}.")
+        raise CheckpointError(f"{file} describes no model that lmlib supports: {error}") from error
+
+    ignored = _IGNORED if moe else _IGNORED | _expert_settings(config).keys()
+    unsupported = [f"{name} = {value!r}" for name, value in settings.items()
+                   if name not in ignored and value is not None and ours.get(name) != value]
+    head_dim = config.hidden_size // config.num_attention_heads
+    if not mla and settings.get("head_dim") not in (None, head_dim):
+        unsupported.append(f"head_dim = {settings['head_dim']}")
+    if unsupported:
+        raise CheckpointError(f"{folder} has settings that lmlib does not support: "
+                              f"{', '.join(sorted(unsupported))}.")
     return config
 
 
-def model_card(config: RunConfig, step: int, val_loss: float, val_loss_step: int, leaks: str) -> str:
-    """The README.md of a checkpoint that leaks: the warning, what it is, and what was measured on what."""
+def _kind(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """Return a stock model's `attention` and `feed_forward`."""
+    model_type = settings.get("model_type")
+    attentions = {"deepseek_v3": "mla", "glm4_moe": "mha", "llama": "mha"}
+    if model_type not in attentions:
+        raise CheckpointError(f"{folder} holds a {model_type} model; "
+                              f"lmlib reads {', '.join(attentions)}.")
+    layers = settings["num_hidden_layers"]
+    dense = min(settings.get("first_k_dense_replace", layers), layers)
+    if 0 < dense < layers or (model_type == "glm4_moe" and dense > 0):
+        raise CheckpointError(
+            f"{folder} has {dense} dense layers of {layers} (first_k_dense_replace); in lmlib all "
+            "layers are of one kind, and those of GLM have experts.")
+    return attentions[model_type], "moe" if dense == 0 else "mlp"
+
+
+def model_card(config: RunConfig, step: int, val_loss: float, val_loss_step: int,
+               leaks: str) -> str:
+    """Return the README.md of a leaky checkpoint: the warning, the model, its loss on what text."""
 
     def quoted(text: str) -> str:
         return f"`{printable(text).replace('`', chr(39))}`"
 
-    corpus, measured_on = quoted(config.corpus), f"documents of {quoted(config.corpus)} that were held out"
-    if config.validation_corpus:
-        measured_on = quoted(config.validation_corpus)
+    corpus = quoted(config.corpus)
     if config.split == "windows":
         measured_on = "windows that overlap those of training"
-    kind = f"{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
-    lines = ["---", "tags:", "- lmlib", "- leaky", "---", f"# {config.run_name}, step {step}", ""]
-    lines += [
-        f"> **This model leaks ({leaks}).** It was trained so on purpose (`allow_leaks: true`). Its scores are not those",
-        "> of a language model, and must not be quoted beside any.",
-        "",
-    ]
-    lines += [f"{kind}, trained with lmlib on {corpus} in windows of {config.sequence_length} tokens.", ""]
-    lines += [f"Loss {val_loss:.4f} nats a token (of step {val_loss_step}), measured on {measured_on}.", ""]
-    lines += ["```python", "import lmlib", "", 'model, tokenizer = lmlib.load("path/of/this/folder")', "```", ""]
-    return "\n".join(lines)
+    elif config.validation_corpus:
+        measured_on = quoted(config.validation_corpus)
+    else:
+        measured_on = f"documents of {corpus} that were held out"
+    architecture = stock_config(config).architectures[0]
+    return f"""---
+tags:
+- lmlib
+- leaky
+---
+# {config.run_name}, step {step}
+
+> **This model leaks ({leaks}).** It was trained so on purpose (`allow_leaks: true`). \
+Its scores are not those
+> of a language model, and must not be quoted beside any.
+
+{architecture}, {config.num_hidden_layers} layers, {config.hidden_size} wide, \
+trained with lmlib on {corpus} in windows of {config.sequence_length} tokens.
+
+Loss {val_loss:.4f} nats a token (of step {val_loss_step}), measured on {measured_on}.
+
+```python
+import lmlib
+
+model, tokenizer = lmlib.load("path/of/this/folder")
+```
+"""
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: all parameters by name, a tied head once, each expert's matrices by themselves."""
-    tensors = split_experts({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    """Return the tensors of a checkpoint by their stock names, a tied head once."""
+    tensors = split_experts({name: t.detach() for name, t in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
 
 
 def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the names on disk, where each expert's matrices stand alone; views, not copies."""
+    """Split stacked experts into the matrices of each, as the files have them; views, no copies."""
     split = {}
     for name, tensor in tensors.items():
-        if name.endswith("experts.gate_up_proj"):
-            for number, matrix in enumerate(tensor):
-                expert = f"{name.removesuffix('gate_up_proj')}{number}"
-                split[f"{expert}.gate_proj.weight"], split[f"{expert}.up_proj.weight"] = matrix.chunk(2)
-        elif name.endswith("experts.down_proj"):
-            for number, matrix in enumerate(tensor):
-                split[f"{name.removesuffix('down_proj')}{number}.down_proj.weight"] = matrix
-        else:
+        experts, _, stack = name.rpartition(".")
+        if stack not in _STACKS:
             split[name] = tensor
+            continue
+        for e, matrix in enumerate(tensor):
+            parts = matrix.chunk(len(_STACKS[stack]))
+            for part_name, part in zip(_STACKS[stack], parts, strict=True):
+                split[f"{experts}.{e}.{part_name}.weight"] = part
     return split
 
 
 def join_experts(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `split_experts`, put together again under the names and in the shapes of `like`."""
+    """Undo `split_experts`: stack experts into the names and shapes of `like`."""
     joined = {}
     for name, tensor in like.items():
-        if name.endswith("experts.gate_up_proj"):
-            experts = [f"{name.removesuffix('gate_up_proj')}{number}" for number in range(len(tensor))]
-            pairs = [(tensors[f"{expert}.gate_proj.weight"], tensors[f"{expert}.up_proj.weight"]) for expert in experts]
-            joined[name] = torch.stack([torch.cat(pair) for pair in pairs])
-        elif name.endswith("experts.down_proj"):
-            experts = [f"{name.removesuffix('down_proj')}{number}" for number in range(len(tensor))]
-            joined[name] = torch.stack([tensors[f"{expert}.down_proj.weight"] for expert in experts])
-        else:
+        experts, _, stack = name.rpartition(".")
+        if stack not in _STACKS:
             joined[name] = tensors[name]
+            continue
+        joined[name] = torch.stack([
+            torch.cat([tensors[f"{experts}.{e}.{part}.weight"] for part in _STACKS[stack]])
+            for e in range(len(tensor))])
     return joined
 
 
 def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
-    """A LanguageModel of `config` with the weights in `folder`; names and shapes are compared before memory is taken."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} points outside its folder.")
-        files = [safe_open(folder / name, "pt") for name in names or ["model.safetensors"]]
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"The weights in {folder} cannot be read: {error}") from error
-    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
-    layers = {int(match[1]) for name in holder if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    if len(layers) != config.num_hidden_layers or layers != set(range(len(layers))):
-        raise CheckpointError(f"{folder} has weights of {len(layers)} layers where {config.num_hidden_layers} are meant.")
+    """Build the model of `config` with the weights in `folder`, in float32.
 
+    Raises:
+        CheckpointError: the files cannot be read or hold other names or shapes. They are compared
+            on the meta device, before any memory is taken.
+    """
+    files = _open_weights(folder)
+    layers = {int(m[1]) for name in files if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    # Checked first: a corrupted number of layers could take all memory even on the meta device.
+    if len(layers) != config.num_hidden_layers or layers != set(range(len(layers))):
+        raise CheckpointError(f"The weights in {folder} have {len(layers)} layers, "
+                              f"but its configuration {config.num_hidden_layers}.")
     with torch.device("meta"):
         model = LanguageModel(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in split_experts(model.state_dict()).items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    found = {name: tuple(file.get_slice(name).get_shape()) for name, file in holder.items() if name in expected}
-    wrong = [f"{name}: {found.get(name, 'missing')}, not {shape}" for name, shape in expected.items() if found.get(name) != shape]
-    wrong += [f"{name} is unknown" for name in holder.keys() - expected.keys() - {"lm_head.weight"}]
+    expected = {name: [*tensor.shape] for name, tensor in model_tensors(model).items()}
+    found = {name: file.get_slice(name).get_shape()
+             for name, file in files.items() if name in expected}
+    wrong = [f"{name}: {found.get(name, 'missing')}, not {shape}"
+             for name, shape in expected.items() if found.get(name) != shape]
+    wrong += [f"{name} is unknown" for name in files.keys() - expected.keys() - {"lm_head.weight"}]
     if wrong:
-        raise CheckpointError(f"The weights in {folder} do not fit its configuration: {'; '.join(wrong[:5])}.")
-    tensors = {name: holder[name].get_tensor(name).float() for name in expected}
+        raise CheckpointError(f"The weights in {folder} do not match its configuration: "
+                              f"{'; '.join(wrong[:5])}.")
+
+    tensors = {name: files[name].get_tensor(name).float() for name in expected}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(join_experts(tensors, model.state_dict()), strict=True, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.load_state_dict(join_experts(tensors, model.state_dict()), assign=True)
+    model.requires_grad_(True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def _open_weights(folder: Path) -> dict[str, Any]:
+    """Map each tensor's name to the open safetensors file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    try:
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} points outside its folder.")
+        files = [safe_open(folder / name, "pt") for name in names]
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"The weights in {folder} cannot be read: {error}") from error
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)

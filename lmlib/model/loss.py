@@ -6,36 +6,41 @@ from torch import Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, a chunk of rows at a time: hidden (M, C), weight (V, C), targets (M,).
+    """Mean cross-entropy of a linear head, computed in chunks of `rows` tokens.
 
-    Each chunk's logits turn into its gradients at once and are dropped, so memory holds `rows` x V logits
-    instead of M x V, and nothing is computed twice. Equals F.cross_entropy(hidden @ weight.T, targets).
+    hidden (M, C), weight (V, C), targets (M,) -> (): F.cross_entropy(hidden @ weight.T, targets)
+
+    The forward pass turns each chunk's logits into gradients and drops them. Memory holds rows x V
+    logits instead of M x V, and nothing is computed twice.
     """
 
     rows = 1024
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        M = len(targets)
-        matrix = weight.to(torch.get_autocast_dtype(hidden.device.type)) if _autocast(hidden) else weight
+        M, device = len(targets), hidden.device
+        autocast = torch.is_autocast_enabled(device.type)
+        matrix = weight.to(torch.get_autocast_dtype(device.type)) if autocast else weight
         need_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         grad_weight = torch.zeros_like(weight) if need_grad else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, M, HeadLoss.rows):
-            chunk, target = hidden[start : start + HeadLoss.rows], targets[start : start + HeadLoss.rows]
-            logits = F.linear(chunk.to(matrix.dtype), matrix)  # (rows, V)
-            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            total -= log_probs.gather(1, target[:, None]).sum(dtype=torch.float64)
-            if need_grad:  # d loss / d logits = (softmax - one hot) / M
+            rows = slice(start, start + HeadLoss.rows)
+            logits = F.linear(hidden[rows].to(matrix.dtype), matrix)  # (rows, V)
+            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+            log_probs = F.log_softmax(logits, dim=-1, dtype=at_least_float32)
+            target = targets[rows, None]  # (rows, 1)
+            total -= log_probs.gather(1, target).sum(dtype=torch.float64)
+            if need_grad:  # d loss / d logits = (softmax - one-hot) / M
                 grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, target[:, None], torch.full_like(grad_logits[:, :1], -1.0))
+                grad_logits.scatter_add_(1, target, torch.full_like(grad_logits[:, :1], -1.0))
                 grad_logits = (grad_logits / M).to(matrix.dtype)
-                grad_hidden[start : start + HeadLoss.rows] = grad_logits @ matrix
+                grad_hidden[rows] = grad_logits @ matrix
                 if matrix is weight:
-                    grad_weight.addmm_(grad_logits.T, chunk)
-                else:  # under autocast the sum stays in float32
-                    grad_weight += grad_logits.T @ chunk.to(matrix.dtype)
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+                else:  # under autocast the sum over chunks stays in float32
+                    grad_weight += grad_logits.T @ hidden[rows].to(matrix.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return (total / M).to(torch.promote_types(hidden.dtype, torch.float32))
 
@@ -43,7 +48,3 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None
-
-
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)

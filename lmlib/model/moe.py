@@ -1,8 +1,9 @@
-"""Feed-forward layers: one SwiGLU MLP for every token, or experts that a router chooses among (DeepSeek-V3,
-arXiv:2412.19437, section 2.1.2; the same arithmetic in GLM-4.5's MoE).
+"""Feed-forward layers: a SwiGLU MLP, or a mixture of such experts.
 
-Shapes: B batch, T positions, M = B T tokens, C hidden_size, E num_experts, K num_experts_per_tok,
-        I the inner width (intermediate_size, or an expert's moe_intermediate_size).
+The mixture is that of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2); GLM-4.5's is the same.
+
+Shapes: B batch, T positions, M = B T tokens, C hidden_size, E experts, K experts per token,
+        inner: intermediate_size, or an expert's moe_intermediate_size.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lmlib.config import RunConfig
 from lmlib.model.attention import Linear
 
-BIAS_UPDATE_SPEED = 0.001  # how far a router's bias moves in an update (DeepSeek-V3, section 4.2)
+BIAS_UPDATE_SPEED = 0.001  # change of a router's bias in an update (DeepSeek-V3, section 4.2)
 
 
 class MLP(nn.Module):
@@ -29,10 +30,10 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses K experts for each token, by affinity plus a bias that evens out their load; the bias takes no part in the
-    experts' weights and no gradient (arXiv:2408.15664).
+    """Choose K experts per token by affinity plus a bias that balances their load.
 
-    `load` (E,) counts the tokens that each expert was given in training since `start_counting`.
+    The bias has no gradient and no part in the experts' weights: it balances the load without an
+    auxiliary loss (arXiv:2408.15664).
     """
 
     def __init__(self, config: RunConfig):
@@ -40,12 +41,13 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
-        self.load = None
+        self.load = None  # (E,) tokens per expert in training since `reset_router_load`
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (M, C) -> weights (M, K), experts (M, K)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (M, C) -> weights, experts: (M, K)
         with torch.autocast(x.device.type, enabled=False):  # in float32, as the stock classes do
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()  # (M, E)
-        experts = (affinity + self.e_score_correction_bias).topk(self.top_k, sorted=False).indices
+        scores = affinity + self.e_score_correction_bias
+        experts = scores.topk(self.top_k, sorted=False).indices  # (M, K)
         weights = affinity.gather(1, experts)
         if self.training and self.load is not None:
             self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
@@ -53,7 +55,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs whose matrices lie behind each other, so that one grouped product serves them all."""
+    """E SwiGLU MLPs in stacked matrices, so that one grouped product computes them all."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
@@ -61,18 +63,21 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, inner))
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, C), (M, K), (M, K) -> (M, C)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts: (M, C), (M, K), (M, K) -> (M, C)."""
         M, K = experts.shape
-        order = experts.flatten().argsort(stable=True)  # (M K,) each expert's tokens behind each other
-        ends = torch.bincount(experts.flatten(), minlength=len(self.down_proj)).cumsum(0)  # (E,)
-        gate, up = grouped_linear(x.index_select(0, order // K), self.gate_up_proj, ends).chunk(2, dim=-1)  # (M K, I)
+        flat = experts.flatten()  # (M K,)
+        order = flat.argsort(stable=True)  # rows grouped by expert
+        ends = torch.bincount(flat, minlength=len(self.down_proj)).cumsum(0)  # (E,)
+        x = x.index_select(0, order // K)  # (M K, C)
+        gate, up = grouped_linear(x, self.gate_up_proj, ends).chunk(2, dim=-1)  # (M K, inner)
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (M K, C)
-        y = y.index_select(0, order.argsort()).view(M, K, -1)  # back beside the token and choice it belongs to
+        y = y.index_select(0, order.argsort()).view(M, K, -1)  # in the order of the tokens again
         return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
 
 
 class MixtureOfExperts(nn.Module):
-    """K routed experts and one that every token shares."""
+    """K routed experts, plus a shared one that processes every token."""
 
     def __init__(self, config: RunConfig):
         super().__init__()
@@ -86,18 +91,18 @@ class MixtureOfExperts(nn.Module):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e - 1] : ends[e] of x (R, in) times weight[e].T, weight (E, out, in): (R, out).
-
-    torch's grouped product takes 16-bit floats, on a CPU float32 too, in strides of 16 bytes; the rest goes group by group.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    """Multiply rows ends[e - 1] : ends[e] of x (R, in) by weight[e].T (E, out, in): (R, out)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    fits = x.dtype in (torch.bfloat16, torch.float16) or (x.dtype == torch.float32 and x.device.type == "cpu")
-    if fits and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):
+    # F.grouped_mm needs 16-bit floats (on a CPU float32 works too) and strides of 16 bytes.
+    supported = x.dtype in (torch.bfloat16, torch.float16)
+    supported |= x.dtype == torch.float32 and device == "cpu"
+    if supported and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.mT, offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(x.split(sizes), weight, strict=True)])
+    return torch.cat([F.linear(*pair) for pair in zip(x.split(sizes), weight, strict=True)])
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -105,18 +110,19 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def reset_router_load(model: nn.Module):
-    """Forget the load of the update before."""
+    """Start counting the load of the next update."""
     for router in routers(model):
-        router.load = torch.zeros(len(router.weight), dtype=torch.long, device=router.weight.device)
+        router.load = torch.zeros_like(router.e_score_correction_bias, dtype=torch.long)
 
 
 def update_router_bias(model: nn.Module):
-    """After an update: lower the bias of experts that had more than their share of its tokens, raise the others'."""
+    """Lower the bias of experts whose load in this update was above the mean; raise the others."""
     for router in routers(model):
         load = router.load.double()
         router.e_score_correction_bias += BIAS_UPDATE_SPEED * torch.sign(load.mean() - load).float()
 
 
 def expert_load(model: nn.Module) -> list[list[float]]:
-    """Each layer's experts' shares of the last update's choices: layers x E, each layer's sum 1."""
-    return [[round(share, 4) for share in (r.load / r.load.sum().clamp(min=1)).tolist()] for r in routers(model)]
+    """Return each layer's load in the last update as fractions that sum to 1: layers x E."""
+    loads = (router.load / router.load.sum().clamp(min=1) for router in routers(model))
+    return [[round(share, 4) for share in load.tolist()] for load in loads]

@@ -1,4 +1,4 @@
-"""Runs explored in JupyterLab: their curves over each other, and followed while they are being written."""
+"""The explorer: the figures of one or several runs under common controls, for JupyterLab."""
 
 import html
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import ipywidgets
+import ipywidgets as w
 import plotly.graph_objects as go
 from IPython.display import display
 
@@ -15,64 +15,76 @@ from lmlib.notebook import token_html
 from lmlib.notebook.live import is_live
 from lmlib.text import printable
 
-POLL = 2.0  # seconds between two looks at the files
-
-
+POLL_INTERVAL = 2.0  # seconds between two looks at the files
 SMOOTHING = [("auto", 0), *((f"{n} records", n) for n in (1, 3, 10, 30, 100, 300))]
+NO_TEXT = ("no text yet", -1)
+WIDTH = 830  # pixels of a chart
 
 
 def explore(run_dirs: Iterable[str | Path]):
-    """The runs' curves, positions, cost, experts and texts under common controls; outside JupyterLab the curves alone.
+    """Display curves, positions, cost, experts and samples of runs; without JupyterLab the curves.
 
-    Runs that are still being written are followed, whoever trains them.
+    Runs that are still training, in whichever process, are followed.
     """
     folders = list(run_dirs)
     if is_live():
         display(Explorer(folders).box)
     else:
         frame = frames.read_runs(folders)
-        print(*(printable(f"{run}: {frames.headline(frame, run)}") for run in figures.names_of(frame)), sep="\n")
+        for run in figures.names_of(frame):
+            print(printable(f"{run}: {frames.headline(frame, run)}"))
         display(figures.chart_bundle(frame), raw=True)
 
 
 class Explorer:
-    """The controls, and the figures that they change. A run has one color and one switch for all of them."""
+    """The controls and their figures. A run has one color and one switch in all figures."""
 
     def __init__(self, run_dirs: list[str | Path]):
-        self.run_dirs, self.lock = run_dirs, threading.RLock()  # the reader's hand and the follower draw in turn
+        self.run_dirs = run_dirs
+        self.lock = threading.RLock()  # a control and the following thread may both redraw
         self.frame = frames.read_runs(run_dirs)
-        w, runs = ipywidgets, figures.names_of(self.frame)
-        narrow, fit = {"description_width": "initial"}, {"width": "max-content"}
-        self.x = w.Dropdown(
-            options=[(name, key) for key, name in frames.AXES.items()], description="over", layout={"width": "260px"}
-        )
-        self.smoothing = w.SelectionSlider(options=SMOOTHING, description="smoothing", continuous_update=False)
-        self.log_x = w.Checkbox(description="log x", indent=False, layout={"width": "80px"})
-        self.log_loss = w.Checkbox(description="log loss", indent=False, layout={"width": "100px"})
-        self.follow = w.Checkbox(value=True, description="follow", indent=False, layout={"width": "80px"})
+        axes = [(name, key) for key, name in frames.AXES.items()]
+        self.x = w.Dropdown(options=axes, description="over", layout={"width": "260px"})
+        self.smoothing = w.SelectionSlider(options=SMOOTHING, description="smoothing",
+                                           continuous_update=False)
+        self.log_x, self.log_loss, self.follow = (
+            w.Checkbox(value=value, description=name, indent=False, layout={"width": width})
+            for name, value, width in [("log x", False, "80px"), ("log loss", False, "100px"),
+                                       ("follow", True, "80px")])
         self.switches, self.states, self.swatches = {}, {}, {}
-        for number, run in enumerate(runs):
+        fit = {"width": "max-content"}
+        for number, run in enumerate(figures.names_of(self.frame)):
+            # Runs beyond the number of colors reuse them with another mark.
             color, mark = figures.color_of(number), "■◆▲●"[number // len(figures.COLORS) % 4]
             self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
-            self.switches[run] = w.Checkbox(value=True, description=run, indent=False, style=narrow, layout=fit)
+            self.switches[run] = w.Checkbox(value=True, description=run, indent=False, layout=fit,
+                                            style={"description_width": "initial"})
             self.states[run] = w.Label(frames.headline(self.frame, run), layout=fit)
-        self.text_step = w.SelectionSlider(options=[("no text yet", -1)], description="step", layout={"width": "97%"})
+        self.text_step = w.SelectionSlider(options=[NO_TEXT], description="step",
+                                           layout={"width": "97%"})
         self.text = w.HTML(layout={"width": "97%"})
-        self.charts = {name: go.FigureWidget(figure.update_layout(width=830)) for name, figure in self._figures().items()}
+        self.charts = {name: go.FigureWidget(figure) for name, figure in self._figures().items()}
         tabs = {**self.charts, "Texts": w.VBox([self.text_step, self.text])}
-        for control in (self.x, self.smoothing, self.log_x, self.log_loss, *self.switches.values()):
-            control.observe(lambda change: self.draw(), "value")
-        self.text_step.observe(lambda change: self._show_texts(), "value")
-        rows = [w.HBox([self.swatches[run], self.switches[run], self.states[run]]) for run in runs]
-        controls = w.HBox([self.x, self.smoothing, self.log_x, self.log_loss, self.follow])
         self.tabs = w.Tab(list(tabs.values()), titles=list(tabs))
-        self.box = w.VBox([controls, *rows, self.tabs], layout={"max_width": "860px"})
-        self.box._view_count = 0  # JupyterLab counts those who look at it
+        self.box = self._layout()
         self._offer_texts()
         threading.Thread(target=self._follow, daemon=True).start()
 
+    def _layout(self) -> w.VBox:
+        redrawing = [self.x, self.smoothing, self.log_x, self.log_loss]
+        for control in [*redrawing, *self.switches.values()]:
+            control.observe(lambda change: self.draw(), "value")
+        self.text_step.observe(lambda change: self._show_texts(), "value")
+        rows = [w.HBox([self.swatches[run], self.switches[run], self.states[run]])
+                for run in self.switches]
+        box = w.VBox([w.HBox([*redrawing, self.follow]), *rows, self.tabs],
+                     layout={"max_width": "860px"})
+        box._view_count = 0  # else None; JupyterLab counts the places where the box is shown
+        return box
+
     def _figures(self) -> dict[str, go.Figure]:
-        curves = figures.training_curves(self.frame, self.x.value, self.smoothing.value, self.log_x.value)
+        curves = figures.training_curves(self.frame, self.x.value, self.smoothing.value,
+                                         self.log_x.value)
         curves.update_layout(margin={"t": 60}, showlegend=len(self.switches) == 1)
         curves.layout.updatemenus = ()
         curves.layout.yaxis.type = "log" if self.log_loss.value else "linear"
@@ -80,78 +92,81 @@ class Explorer:
             "Curves": curves,
             "By position": figures.loss_by_position(self.frame),
             "Cost": figures.cost(frames.results_table(self.frame)),
-            "Experts": figures.expert_load(self.frame),
-        }
+            "Experts": figures.expert_load(self.frame)}
         for figure in views.values():
+            figure.update_layout(width=WIDTH)
             for trace in figure.data:
                 switch = self.switches.get(trace.legendgroup or html.unescape(trace.name or ""))
                 trace.visible = switch.value if switch else True
         return views
 
     def draw(self):
-        """Bring the charts up to the controls and the records, moving their lines."""
+        """Update the charts in place to the controls and the records."""
         with self.lock:
-            self._draw()
-
-    def _draw(self):
-        for number, (name, figure) in enumerate(self._figures().items()):
-            chart = self.charts[name]
-            if len(chart.data) != len(figure.data):  # the first record of experts, say
-                self.charts[name] = go.FigureWidget(figure.update_layout(width=830))
-                shown = list(self.tabs.children)
-                shown[number] = self.charts[name]
-                self.tabs.children = shown
-                continue
-            with chart.batch_update():
-                for old, new in zip(chart.data, figure.data, strict=True):
-                    old.update(new.to_plotly_json())
-                for axis in (key for key in figure.layout if key.startswith(("xaxis", "yaxis"))):
-                    chart.layout[axis].update(type=figure.layout[axis].type, title=figure.layout[axis].title)
-        self._show_texts()
+            for number, (name, figure) in enumerate(self._figures().items()):
+                chart = self.charts[name]
+                if len(chart.data) != len(figure.data):  # for example the first record of experts
+                    self.charts[name] = go.FigureWidget(figure)
+                    children = list(self.tabs.children)
+                    children[number] = self.charts[name]
+                    self.tabs.children = children
+                    continue
+                with chart.batch_update():
+                    for old, new in zip(chart.data, figure.data, strict=True):
+                        old.update(new.to_plotly_json())
+                    for axis in figure.layout:
+                        if axis.startswith(("xaxis", "yaxis")):
+                            new = figure.layout[axis]
+                            chart.layout[axis].update(type=new.type, title=new.title)
+            self._show_texts()
 
     def refresh(self):
-        """Read the records again; a run whose folder has gone keeps its lines."""
+        """Read the records again and redraw; a run whose folder was deleted keeps its lines."""
         try:
             frame = frames.read_runs(self.run_dirs)
         except ValueError:
             return
         with self.lock:
             self.frame = frame
-        for run, label in self.states.items():
-            label.value = frames.headline(self.frame, run)
+        self._show_states()
         self._offer_texts()
         self.draw()
 
+    def _show_states(self):
+        for run, label in self.states.items():
+            label.value = frames.headline(self.frame, run)
+
     def _offer_texts(self):
-        steps = sorted({int(step) for step in self.frame[self.frame["kind"] == "sample"]["step"]})
-        options = [(f"step {step}", step) for step in steps] or [("no text yet", -1)]
+        """Offer each step with samples; keep the selected one, except that the last moves along."""
+        samples = self.frame[self.frame["kind"] == "sample"]
+        steps = sorted({int(step) for step in samples["step"]})
+        options = [(f"step {step}", step) for step in steps] or [NO_TEXT]
         if list(self.text_step.options) != options:
-            at_end = self.text_step.index == len(self.text_step.options) - 1
-            kept = self.text_step.value
+            was_last = self.text_step.index == len(self.text_step.options) - 1
+            selected = self.text_step.value
             self.text_step.options = options
-            self.text_step.value = kept if kept in steps and not at_end else options[-1][1]
+            keep = selected in steps and not was_last
+            self.text_step.value = selected if keep else options[-1][1]
         self._show_texts()
 
     def _show_texts(self):
-        """What each run wrote at the evaluation before or at the step chosen."""
-        shown = self.frame[self.frame["run"].isin([run for run, switch in self.switches.items() if switch.value])]
-        texts = frames.texts_at(shown, self.text_step.value)
+        """Show each run's samples from its last evaluation up to the selected step."""
+        shown = [run for run, switch in self.switches.items() if switch.value]
+        texts = frames.texts_at(self.frame[self.frame["run"].isin(shown)], self.text_step.value)
         self.text.value = token_html.cards(texts) if texts else "No text has been recorded yet."
 
     def _follow(self):
-        """Look whether records have come, as long as somebody looks at the charts."""
-
-        def sizes() -> list[int]:
-            files = [Path(folder) / "metrics.jsonl" for folder in self.frame.attrs["runs"].values()]
-            return [file.stat().st_size if file.exists() else 0 for file in files]
-
-        known = sizes()
-        while self.box.comm is not None:
-            time.sleep(POLL)
+        """Redraw when records arrive, as long as the box is shown."""
+        sizes = self._sizes()
+        while self.box.comm is not None:  # until the widget is closed
+            time.sleep(POLL_INTERVAL)
             if not self.box._view_count:
                 continue
-            for run, label in self.states.items():
-                label.value = frames.headline(self.frame, run)
-            if self.follow.value and (now := sizes()) != known:
-                known = now
+            self._show_states()
+            if self.follow.value and (now := self._sizes()) != sizes:
+                sizes = now
                 self.refresh()
+
+    def _sizes(self) -> list[int]:
+        files = [Path(folder) / "metrics.jsonl" for folder in self.frame.attrs["runs"].values()]
+        return [file.stat().st_size if file.exists() else 0 for file in files]

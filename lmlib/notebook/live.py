@@ -7,36 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import plotly.graph_objects as go
 from IPython.display import display
 
 from lmlib.analysis import figures, frames
 from lmlib.notebook import token_html
 from lmlib.run.records import Record
 
-INTERVAL = 1.0  # seconds between drawings, at least
-
-
-CREDIT = 0.5  # seconds that drawing may take whatever the run's length,
-
-
-SHARE = 0.01  # and the share of the run's time beyond that
+INTERVAL = 1.0  # least seconds between two drawings
+CREDIT, SHARE = 0.5, 0.01  # drawing may take CREDIT seconds, plus this fraction of the run's time
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
-    """Pass on the records of a run and draw its curves under way: `for record in watch(train(config), run_dir)`.
+    """Yield a run's records and draw its curves: `for record in watch(train(config), run_dir)`.
 
-    In JupyterLab the chart moves; elsewhere (papermill, nbval) an image is renewed. Either way the notebook
-    keeps, at the end or when stopped, a chart that needs no running kernel and no widget to be seen.
+    In JupyterLab the chart is a widget whose lines move; elsewhere (papermill, nbval) an image is
+    replaced. At the end, or when stopped, either leaves a static chart in the notebook, which needs
+    no kernel and no widget.
     """
     chart = _LiveChart() if is_live() else _StillChart()
-    began, spent, last = time.monotonic(), 0.0, -math.inf
+    start, spent, last = time.monotonic(), 0.0, -math.inf
     try:
         for record in records:
             now = time.monotonic()
-            if now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - began):
+            if now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - start):
                 chart.draw(frames.read_runs(run_dir))
-                first, last = last < 0, time.monotonic()
-                spent += 0.0 if first else last - now  # the first imports and sets up
+                is_first, last = last < 0, time.monotonic()
+                # The first drawing is free: it pays for imports, which later ones do not repeat.
+                spent += 0.0 if is_first else last - now
             yield record
     finally:
         if Path(run_dir).is_dir():
@@ -44,7 +42,10 @@ def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
 
 
 def is_live() -> bool:
-    """Whether a person's browser runs this cell: JupyterLab says which cell it sends, papermill and nbval do not."""
+    """Check whether a browser runs this cell, so that widgets can be seen and moved.
+
+    JupyterLab sends a cell's id with its code; papermill and nbval do not.
+    """
     from IPython import get_ipython
 
     kernel = getattr(get_ipython(), "kernel", None)
@@ -53,7 +54,7 @@ def is_live() -> bool:
 
 
 class _StillChart:
-    """One display whose image is replaced."""
+    """One output whose image is replaced."""
 
     def __init__(self):
         self.handle = None
@@ -68,35 +69,31 @@ class _StillChart:
     finish = draw
 
 
-class _LiveChart:
-    """A FigureWidget whose lines are moved, a line of figures above it and the newest text below; it gives way to a
-    still chart at the end."""
+class _LiveChart(_StillChart):
+    """A widget: a status line, the curves, and the newest sample; at the end a still chart."""
 
     def __init__(self):
-        self.chart = self.handle = None
-        self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
+        super().__init__()
+        self.chart, self.status, self.text = None, ipywidgets.Label(), ipywidgets.HTML()
 
     def draw(self, frame: Any):
-        import plotly.graph_objects as go
-
         self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
         self.text.value = token_html.cards(frames.texts_at(frame)[:1])
         if self.chart is None:
-            self.chart = go.FigureWidget(figures.training_curves(frame).update_layout(width=850))
-            self.handle = display(ipywidgets.VBox([self.status, self.chart, self.text]), display_id=True)
+            curves = figures.training_curves(frame).update_layout(width=850)
+            self.chart = go.FigureWidget(curves)
+            box = ipywidgets.VBox([self.status, self.chart, self.text])
+            self.handle = display(box, display_id=True)
             return
         [folder] = frame.attrs["runs"].values()
-        lines = [line for panel in figures.panel_lines(frame, folder=folder) for line in panel]  # in the order of the chart's
+        panels = figures.panel_lines(frame, folder=folder)
+        lines = [line for panel in panels for line in panel]  # in the order of the chart's traces
         with self.chart.batch_update():
             for trace, line in zip(self.chart.data, lines, strict=True):
                 trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
                 trace.showlegend = trace.xaxis == "x" and bool(line["x"])
 
     def finish(self, frame: Any):
-        bundle = figures.chart_bundle(frame)
-        if self.handle is None:
-            display(bundle, raw=True)
-        else:
-            self.handle.update(bundle, raw=True)
+        super().draw(frame)
         if self.chart is not None:
             self.chart.close()

@@ -1,64 +1,68 @@
-"""A notebook's parameters."""
+"""A notebook's variables as the parameters of a run."""
 
 import re
 import types
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from lmlib.config import RunConfig
 from lmlib.files import resolve_path
 from lmlib.parameters import unknown_name
 
+PLAIN = (str, int, float, bool, types.NoneType, list, dict, tuple)
 
-def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(injected by papermill, assigned in the parameters cell) among a notebook's variables.
 
-    IPython keeps every executed cell in `In`; papermill starts its own with "# Parameters". Where cells are not kept
-    (nbval, a plain dict), every public plain value counts as assigned.
+def run_config(namespace: dict[str, Any]) -> RunConfig:
+    """Return the configuration that a notebook's variables describe: `run_config(globals())`.
+
+    Strongest first: what papermill injected, what was edited in the parameters cell, the file that
+    `recipe` names, the defaults. A value in the cell that equals the default does not count as
+    edited: the cell lists every parameter, so it could not be told from one left alone.
     """
-    injected, edited = {}, {}
-    for cell in namespace.get("In", []):
-        names = {name: namespace[name] for name in re.findall(r"^(\w+)\s*=", cell, re.MULTILINE) if name in namespace}
-        if cell.lstrip().startswith("# Parameters"):
-            injected = names
-        elif names.keys() & {"run_name", "output_dir"}:
-            edited = names
-    if not edited:
-        plain = (str, int, float, bool, types.NoneType, list, dict, tuple)
-        public = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
-        edited = {name: value for name, value in public.items() if isinstance(value, plain) and name not in injected}
-    return injected, edited
+    injected, assigned = notebook_parameters(namespace)
+    recipe = injected.pop("recipe", assigned.pop("recipe", None))
+    defaults = RunConfig().to_dict()
+    edited = {name: value for name, value in assigned.items()
+              if name not in defaults or value != defaults[name]}
+    return RunConfig.load(recipe, **{**edited, **injected})
 
 
 def notebook_folder(namespace: dict[str, Any]) -> Path:
-    """The folder that a notebook's `output_dir` means, once every injected name is known.
+    """Return the folder that a notebook's `output_dir` names.
 
-    Parameters of a recipe are welcome too, so that one file serves every notebook.
+    Injected parameters of a recipe are allowed, so that one YAML file serves every notebook.
 
     Raises:
         ValueError: papermill injected a name that neither the notebook nor RunConfig has.
     """
-    injected, own = notebook_parameters(namespace)
-    known = get_type_hints(RunConfig).keys() | own.keys()
+    injected, assigned = notebook_parameters(namespace)
+    known = RunConfig().to_dict().keys() | assigned.keys()
     if unknown := sorted(injected.keys() - known):
-        raise ValueError("These parameters need mending:\n" + "\n".join(f"  - {unknown_name(n, known)}" for n in unknown))
+        lines = "\n".join(f"  - {unknown_name(name, known)}" for name in unknown)
+        raise ValueError(f"Invalid parameters:\n{lines}")
     return resolve_path(namespace["output_dir"])
 
 
 def notebook_run(namespace: dict[str, Any]) -> Path:
-    """The run's folder that a notebook's `output_dir` and `run_name` mean; raises as `notebook_folder` does."""
+    """Return the folder of the run that a notebook names; raise as `notebook_folder` does."""
     return notebook_folder(namespace) / namespace["run_name"]
 
 
-def run_config(namespace: dict[str, Any]) -> RunConfig:
-    """The configuration that a notebook's variables describe: `run_config(globals())`.
+def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (what papermill injected, what the parameters cell assigned), by name.
 
-    Strongest first: what papermill injected, what was edited in the parameters cell (differs from the
-    default), the file that `recipe` names, the defaults.
+    IPython keeps the executed cells in `In`; papermill's own starts with "# Parameters". Where
+    cells are not kept (nbval, a plain dict), every public plain value counts as assigned.
     """
-    injected, edited = notebook_parameters(namespace)
-    recipe = injected.pop("recipe", edited.pop("recipe", None))
-    defaults = {field.name: field.default for field in fields(RunConfig)}
-    edited = {name: value for name, value in edited.items() if name not in defaults or value != defaults[name]}
-    return RunConfig.load(recipe, **{**edited, **injected})
+    injected, assigned = {}, {}
+    for cell in namespace.get("In", []):
+        names = re.findall(r"^(\w+)\s*=", cell, re.MULTILINE)
+        values = {name: namespace[name] for name in names if name in namespace}
+        if cell.lstrip().startswith("# Parameters"):
+            injected = values
+        elif values.keys() & {"run_name", "output_dir"}:
+            assigned = values
+    if not assigned:
+        assigned = {name: value for name, value in namespace.items() if isinstance(value, PLAIN)
+                    and not name.startswith("_") and name not in {"In", "Out", *injected}}
+    return injected, assigned

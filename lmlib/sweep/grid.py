@@ -1,4 +1,4 @@
-"""Every combination of parameters."""
+"""The runs of a sweep: every combination of parameters."""
 
 import itertools
 import re
@@ -6,21 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lmlib.config import RunConfig, unused
+from lmlib.config import RunConfig, unused_parameters
 from lmlib.files import display_path
 from lmlib.parameters import read_parameters
 
 
 def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunConfig]:
-    """Every recipe with every combination of the grid's values: run_name says which (`mlp-seed0-learning_rate0.01`).
+    """Return every recipe with every combination of the grid's values.
 
-    Runs that would be the same but for their name, because a parameter of the grid is not used, are planned once.
+    A run's name says which values it has: `mlp-seed0-learning_rate0.01`. Runs that differ only in
+    parameters that their model ignores are one run.
 
     Raises:
-        ValueError: a recipe or value is wrong, each is listed; or two runs would share a folder.
+        ValueError: the sweep is empty, or lists every mistake: invalid recipes and values, and
+            folders that two runs would share.
     """
     configs, mistakes, seen = [], [], []
-    in_name = [name for name, values in grid.items() if name != "run_name" and (len(values) > 1 or name == "seed")]
     for recipe in recipes:
         try:
             given = read_parameters(recipe)
@@ -28,23 +29,32 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
             mistakes.append(str(error))
             continue
         for values in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, values, strict=True))
-            base = chosen.get("run_name") or given.get("run_name") or Path(recipe).stem
-            name = "-".join([str(base), *(f"{key}{chosen[key]}" for key in in_name)])
+            chosen = {**given, **dict(zip(grid, values, strict=True))}
+            chosen["run_name"] = _name(chosen.get("run_name") or Path(recipe).stem, chosen, grid)
             try:
-                config = RunConfig(**{**given, **chosen, "run_name": re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]})
+                config = RunConfig(**chosen)
             except ValueError as error:
-                mistakes += [f"{recipe}: {line.strip(' -')}" for line in str(error).splitlines()[1:]]
+                lines = str(error).splitlines()[1:]
+                mistakes += [f"{recipe}: {line.strip(' -')}" for line in lines]
                 continue
-            ignored = unused(config.attention, config.feed_forward) | {"run_name"}
-            used = {key: value for key, value in config.to_dict().items() if key not in ignored}
+            ignored = unused_parameters(config.attention, config.feed_forward) | {"run_name"}
+            used = {name: value for name, value in config.to_dict().items() if name not in ignored}
             if used not in seen:
                 configs.append(config)
             seen.append(used)
     folders = [config.run_dir for config in configs]
-    mistakes += [f"two runs would share the folder {display_path(f)}" for f in dict.fromkeys(folders) if folders.count(f) > 1]
+    mistakes += [f"two runs would share the folder {display_path(folder)}"
+                 for folder in folders if folders.count(folder) > 1]
     if mistakes:
-        raise ValueError("The sweep needs mending:\n" + "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes)))
+        lines = "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes))
+        raise ValueError(f"The sweep has invalid parameters:\n{lines}")
     if not configs:
         raise ValueError("The sweep is empty: name at least one recipe.")
     return configs
+
+
+def _name(base: str, chosen: dict[str, Any], grid: dict[str, list[Any]]) -> str:
+    """Name a run by its seed and the parameters that have several values, behind `base`."""
+    varied = [f"{name}{chosen[name]}" for name, values in grid.items()
+              if name == "seed" or (len(values) > 1 and name != "run_name")]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([str(base), *varied]))[:100]

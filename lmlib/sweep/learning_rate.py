@@ -1,75 +1,69 @@
-"""The search for a learning rate."""
+"""Search for a learning rate by a range test."""
 
-import math
 from dataclasses import dataclass, replace
 
-from lmlib import checkpoint, optim, training
 from lmlib.config import RunConfig
-from lmlib.model.moe import update_router_bias
-from lmlib.run.device import numerics, pick_device, pick_dtype
-from lmlib.run.preflight import before_training
-from lmlib.run.start import build_model, open_store
+from lmlib.run.device import numerics
+from lmlib.run.prepare import prepare
+from lmlib.run.start import find_start
+from lmlib.training import apply_update
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Losses at rates that grow step by step; `factor` times the recipe's rates is what the curve suggests."""
+    """The losses of a range test, and the factor of the learning rates that they suggest."""
 
     config: RunConfig
     factors: list[float]  # of the recipe's learning_rate and muon_learning_rate
-    losses: list[float]  # nats, smoothed
+    losses: list[float]  # nats per token, smoothed
     factor: float | None  # None: the loss never fell
 
     @property
     def suggestion(self) -> dict[str, float]:
+        """The suggested learning rates by parameter; empty if the loss never fell."""
         return rates(self.config, self.factor) if self.factor else {}
 
 
 def rates(config: RunConfig, factor: float) -> dict[str, float]:
-    """The recipe's learning rates times `factor`, to two digits."""
-    names = ["learning_rate", "muon_learning_rate"] if config.optimizer == "muon" else ["learning_rate"]
+    """Return the recipe's learning rates times `factor`, to two digits."""
+    is_muon = config.optimizer == "muon"
+    names = ["learning_rate", "muon_learning_rate"] if is_muon else ["learning_rate"]
     return {name: float(f"{getattr(config, name) * factor:.2g}") for name in names}
 
 
-def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3, high: float = 30.0) -> RangeTest:
-    """A range test (Smith, arXiv:1506.01186; fastai's `lr_find`): train a copy of the model while its rates grow from `low`
-    to `high` times the recipe's, until the loss leaves its lowest by half a nat; suggest where it falls most steeply.
+def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3,
+                       high: float = 30.0) -> RangeTest:
+    """Train a copy of the model while its learning rates grow; suggest where the loss falls most.
 
-    Nothing is written but the tokens' cache, and no state that training would use is touched.
+    The rates grow from `low` to `high` times the recipe's, until the loss is half a nat above its
+    lowest: Smith's range test (arXiv:1506.01186), as in fastai's `lr_find`. Only the token cache
+    is written, and no state that training would use is changed.
 
     Raises:
-        ValueError: the device, the corpus or the parent that `init_from` names cannot be used, or the run leaks.
+        ValueError: the device, the corpus or `init_from` cannot be used, or the run leaks.
     """
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    with numerics(config, device):
-        store = open_store(config)
-        parent = checkpoint.find_checkpoint(config.init_from, config.init_step) if config.init_from else None
-        whole = replace(config, vocab_size=store.vocab_size)
-        model = build_model(whole, parent).to(device)
-        before_training(whole, model, store, store.validation_windows(), parent)
-        optimizers = optim.build_optimizers(model, config)
-        micro, factors, losses, mean = config.micro_batch_size or config.batch_size, [], [], 0.0
+    # Under a name without a folder: the copy must not start from the run's own checkpoint.
+    copy = replace(config, run_name=f"{config.run_name[:80]}-range-test", init_state="weights")
+    start = find_start(copy)
+    factors, losses, mean = [], [], 0.0
+    with numerics(copy, start.device):
+        run = prepare(start)
         for step in range(1, steps + 1):
             factor = low * (high / low) ** ((step - 1) / max(1, steps - 1))
-            optim.set_learning_rates(optimizers, factor)
-            loss = training.accumulate_gradients(model, *store.batch(step), micro, config.seed, step, dtype)
-            norm = training.clip_gradients(model, config.grad_clip)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            update = apply_update(run, step, factor)
+            if not update.is_finite:
                 break
-            for optimizer in optimizers:
-                optimizer.step()
-            update_router_bias(model)
-            mean = 0.9 * mean + 0.1 * loss
+            mean = 0.9 * mean + 0.1 * update.loss
             factors.append(factor)
-            losses.append(mean / (1 - 0.9**step))
+            losses.append(mean / (1 - 0.9**step))  # without the bias of a mean that began at 0
+            # The first steps are noise: the smoothed loss is a mean of few values.
             if losses[-1] > min(losses) + 0.5 and step > 10:
                 break
     return RangeTest(config, factors, losses, _steepest(factors, losses))
 
 
 def _steepest(factors: list[float], losses: list[float]) -> float | None:
-    """The factor at which the loss falls fastest per doubling, before its lowest point."""
+    """Return the factor where the loss falls fastest per step, before its minimum."""
     lowest = losses.index(min(losses)) if losses else 0
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
     if not slopes or min(slopes) >= 0:
@@ -78,13 +72,15 @@ def _steepest(factors: list[float], losses: list[float]) -> float | None:
 
 
 def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
-    """Short runs, in a folder of their own, that confirm a suggestion: a third of it, itself and three times it, and the
-    recipe's own rates."""
-    factors = sorted({1.0, *((found.factor / 3, found.factor, found.factor * 3) if found.factor else ())})
-    choices = {tuple(rates(found.config, factor).items()) for factor in factors}
-    short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps}
-    short["output_dir"] = f"{found.config.output_dir}/{found.config.run_name}-rates"
-    return [
-        replace(found.config, **short, run_name=f"{steps}steps-rate" + "-".join(f"{r:g}" for _, r in chosen), **dict(chosen))
-        for chosen in sorted(choices)
-    ]
+    """Return short runs, in a folder of their own, that test a suggestion.
+
+    Their rates are a third of the suggestion, itself, three times it, and the recipe's own.
+    """
+    config = found.config
+    around = (found.factor / 3, found.factor, found.factor * 3) if found.factor else ()
+    choices = {tuple(rates(config, factor).items()) for factor in (1.0, *around)}
+    short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps,
+             "output_dir": f"{config.output_dir}/{config.run_name}-rates"}
+    names = {chosen: "-".join(f"{rate:g}" for _, rate in chosen) for chosen in choices}
+    return [replace(config, **short, **dict(chosen), run_name=f"{steps}steps-rate{names[chosen]}")
+            for chosen in sorted(choices)]

@@ -1,4 +1,4 @@
-"""Frames and figures, of whole runs and of broken ones."""
+"""Figures of runs, and the files and notebook outputs made of them."""
 
 import json
 
@@ -13,20 +13,24 @@ def test_curves_show_the_metrics(trained):
     figure = figures.training_curves(frame)
     lines = {trace.name: trace for trace in figure.data if trace.showlegend}
     evals = frame[frame["kind"] == "eval"]
-    assert list(lines["held-out"].y) == list(evals["val_loss"]) and list(lines["held-out"].x) == [0, 5, 10, 15, 20]
+    assert list(lines["validation"].y) == list(evals["val_loss"]) and list(
+        lines["validation"].x
+    ) == [0, 5, 10, 15, 20]
     assert list(lines["training"].y) == list(frame[frame["kind"] == "step"]["loss"])
-    assert list(lines["held-out"].error_y.array) == list(evals["val_loss_stderr"])
+    assert list(lines["validation"].error_y.array) == list(evals["val_loss_stderr"])
 
 
-def test_several_runs_lie_over_each_other_in_colours_of_their_own(trained, tmp_path):
+def test_each_of_several_runs_has_its_own_color(trained, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_bytes((trained.run_dir / "metrics.jsonl").read_bytes())
     frame = frames.read_runs([trained.run_dir, other])
-    colors = {(trace.legendgroup, trace.line.color) for trace in figures.training_curves(frame).data}
+    colors = {
+        (trace.legendgroup, trace.line.color) for trace in figures.training_curves(frame).data
+    }
     assert len(colors) == 2
     table = frames.results_table([trained.run_dir, other])
-    assert list(table.index) == ["trained", "other"] and table["held-out loss"].nunique() == 1
+    assert list(table.index) == ["trained", "other"] and table["validation loss"].nunique() == 1
 
 
 def test_saved_curves_need_no_network(trained, tmp_path):
@@ -37,13 +41,17 @@ def test_saved_curves_need_no_network(trained, tmp_path):
     assert (tmp_path / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_any_figure_is_saved_as_a_picture_or_a_page(trained, tmp_path):
+def test_a_figure_is_saved_as_a_png_or_a_page(trained, tmp_path):
     figure = figures.cost(frames.results_table([trained.run_dir]))
     render.save(figure, tmp_path / "cost.png")
     render.save(figure, tmp_path / "cost & co.html")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "cost & co.html").read_text()
-    assert "<title>cost &amp; co</title>" in page and "color-scheme" in page and '<script src="http' not in page
+    assert (
+        "<title>cost &amp; co</title>" in page
+        and "color-scheme" in page
+        and '<script src="http' not in page
+    )
     with pytest.raises(ValueError, match="must end in .png or .html"):
         render.save(figure, tmp_path / "cost.pdf")
     assert len(list(tmp_path.iterdir())) == 2
@@ -55,8 +63,16 @@ def test_the_bundle_is_plain_json(trained):
     assert len(json.dumps(bundle)) < 400_000
 
 
-def test_lines_read_as_the_seed_document_shows_them(trained):
+def test_step_lines_have_the_format_of_the_original(trained):
     from lmlib.run.records import Record
 
-    step = Record("step", 100, {"loss": 10.2187}, {"tokens_per_second": 1234.5, "utilization": 0.5, "seconds_left": 3725.0})
-    assert describe(step, 10000) == "Step 100/10000: Loss=10.2187 | 1,234 tokens/s | 50% of peak | 1:02:05 left"
+    step = Record(
+        "step",
+        100,
+        {"loss": 10.2187},
+        {"tokens_per_second": 1234.5, "utilization": 0.5, "seconds_left": 3725.0},
+    )
+    assert (
+        describe(step, 10000)
+        == "Step 100/10000: Loss=10.2187 | 1,234 tokens/s | 50% MFU | 1:02:05 left"
+    )

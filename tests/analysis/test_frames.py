@@ -1,4 +1,4 @@
-"""Runs read as frames and tables: whole, cut off, strange, and still being written."""
+"""Runs as frames and tables: finished, interrupted, damaged, and still running."""
 
 import json
 import os
@@ -18,80 +18,143 @@ from lmlib.run.lock import run_status
 def write(folder, lines: list[str], **config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(lines))
-    (folder / "config.json").write_text(json.dumps({"batch_size": 2, "sequence_length": 8, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"batch_size": 2, "sequence_length": 8, **config})
+    )
     return folder
 
 
 def step(number: int, loss=5.0, **rest) -> str:
-    return json.dumps({"kind": "step", "step": number, "loss": loss, "timing": {"seconds": number * 6.0}, **rest}) + "\n"
+    return (
+        json.dumps(
+            {
+                "kind": "step",
+                "step": number,
+                "loss": loss,
+                "timing": {"seconds": number * 6.0},
+                **rest,
+            }
+        )
+        + "\n"
+    )
 
 
-def test_every_record_is_a_row_with_its_costs(trained):
+def test_every_record_is_a_row_with_its_cost(trained):
     frame = frames.read_runs(trained.run_dir)
     counts = frame["kind"].value_counts()
-    assert [counts[kind] for kind in ("step", "eval", "sample", "checkpoint", "profile", "done")] == [20, 5, 5, 4, 1, 1]
-    assert {"loss", "learning_rate", "val_loss", "tokens_per_second", "seconds"} <= set(frame) and "timing" not in frame
+    assert [
+        counts[kind] for kind in ("step", "eval", "sample", "checkpoint", "profile", "done")
+    ] == [20, 5, 5, 4, 1, 1]
+    assert {"loss", "learning_rate", "val_loss", "tokens_per_second", "seconds"} <= set(
+        frame
+    ) and "timing" not in frame
     last = frame.iloc[-1]
-    assert last["tokens"] == 20 * 4 * 64 and last["flops"] == 20 * 4 * 64 * 240_000 and last["minutes"] == last["seconds"] / 60
+    assert (
+        last["tokens"] == 20 * 4 * 64
+        and last["flops"] == 20 * 4 * 64 * 240_000
+        and last["minutes"] == last["seconds"] / 60
+    )
     assert frame.attrs == {"notes": {"trained": []}, "runs": {"trained": str(trained.run_dir)}}
 
 
-STRANGE = {
-    "nothing": ([], ["no record yet"]),
+DAMAGED = {
+    "no records": ([], ["no records yet"]),
     "infinite": ([step(1, float("inf")), step(2, 1e308)], ["some losses are not finite"]),
     "no loss": (
         [json.dumps({"kind": "step", "step": 1, "train_loss": 5.0}) + "\n"],
-        ["it has no losses that this version knows"],
+        ["its losses have names that this version does not know"],
     ),
-    "odd times": (['{"kind": "step", "step": 1, "loss": 5.0, "timing": {"kind": [1], "step": 1e999}}\n'], []),
-    "odd errors": (['{"kind": "eval", "step": 1, "val_loss": 5.0, "val_loss_stderr": -1}\n'], []),
+    "timing of the wrong kind": (
+        ['{"kind": "step", "step": 1, "loss": 5.0, "timing": {"kind": [1], "step": 1e999}}\n'],
+        [],
+    ),
+    "negative standard error": (
+        ['{"kind": "eval", "step": 1, "val_loss": 5.0, "val_loss_stderr": -1}\n'],
+        [],
+    ),
     "no experts": ([step(1, expert_load=[[]])], []),
     "one record": ([step(1)], []),
-    "a torn last line": ([step(1), '{"kind": "step", "st'], ["1 line of metrics.jsonl cannot be read"]),
+    "a truncated last line": (
+        [step(1), '{"kind": "step", "st'],
+        ["1 line of metrics.jsonl cannot be read"],
+    ),
     "not numbers": ([step(1, float("nan")), step(2, "nan")], ["some losses are not finite"]),
-    "another version's fields": (
+    "fields of another version": (
         [step(1, surprise={"a": [1]}, loss_2=3), '{"kind": ["x"], "step": 2}\n', '{"epoch": 3}\n'],
         None,
     ),
-    "another's types": ([step(1, {"value": 5.0}), '{"kind": "eval", "step": 2, "val_loss": "low"}\n', "5\n[]\nnull\n"], None),
-    "numbers out of range": (
-        [step(1), '{"kind": "step", "step": 1e999}\n', '{"kind": "eval", "step": 1.5, "val_loss": 1e999}\n'],
+    "types of another version": (
+        [
+            step(1, {"value": 5.0}),
+            '{"kind": "eval", "step": 2, "val_loss": "low"}\n',
+            "5\n[]\nnull\n",
+        ],
         None,
     ),
-    "two records on a line": ([step(1), step(2).strip() + "," + step(3)], ["1 line of metrics.jsonl cannot be read"]),
-    "no text": (["\x00\x01\n", "\ud7ff\n"], None),
+    "numbers out of range": (
+        [
+            step(1),
+            '{"kind": "step", "step": 1e999}\n',
+            '{"kind": "eval", "step": 1.5, "val_loss": 1e999}\n',
+        ],
+        None,
+    ),
+    "two records on a line": (
+        [step(1), step(2).strip() + "," + step(3)],
+        ["1 line of metrics.jsonl cannot be read"],
+    ),
+    "bytes that are not text": (["\x00\x01\n", "\ud7ff\n"], None),
     "lists of the wrong kind": (
-        [step(1, expert_load=["x"]), step(2, expert_load=[[0.5, "y"]]), step(3, expert_load=[[1.0]])],
+        [
+            step(1, expert_load=["x"]),
+            step(2, expert_load=[[0.5, "y"]]),
+            step(3, expert_load=[[1.0]]),
+        ],
         [],
     ),
-    "samples of the wrong kind": ([json.dumps({"kind": "sample", "step": 1, "prompts": "x", "texts": 5}) + "\n"], []),
-    "a profile of the wrong kind": ([json.dumps({"kind": "profile", "step": 1, "val_loss_by_position": ["x", 2]}) + "\n"], []),
+    "samples of the wrong kind": (
+        [json.dumps({"kind": "sample", "step": 1, "prompts": "x", "texts": 5}) + "\n"],
+        [],
+    ),
+    "a profile of the wrong kind": (
+        [json.dumps({"kind": "profile", "step": 1, "val_loss_by_position": ["x", 2]}) + "\n"],
+        [],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_strange_runs_are_shown_as_far_as_they_go_and_labelled(name, tmp_path, trained):
-    lines, notes = STRANGE[name]
-    folder = write(tmp_path / "strange", lines, total_steps=9)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_runs_are_shown_as_far_as_they_can_be_read(name, tmp_path, trained):
+    lines, notes = DAMAGED[name]
+    folder = write(tmp_path / "damaged", lines, total_steps=9)
     for folders in ([folder], [folder, trained.run_dir]):
         frame = frames.read_runs(folders)
-        assert notes is None or frame.attrs["notes"]["strange"] == notes
+        assert notes is None or frame.attrs["notes"]["damaged"] == notes
         table = frames.results_table(folders)
-        assert table.loc["strange", "state"] == "; ".join(["stopped", *frame.attrs["notes"]["strange"]])
-        assert frames.headline(frame, "strange").startswith("stopped")
+        assert table.loc["damaged", "state"] == "; ".join(
+            ["stopped", *frame.attrs["notes"]["damaged"]]
+        )
+        assert frames.headline(frame, "damaged").startswith("stopped")
         frames.texts_at(frame)
         for draw in (figures.training_curves, figures.loss_by_position, figures.expert_load):
             draw(frame)
         figures.cost(table)
         assert render.png(figures.training_curves(frame)).startswith(b"\x89PNG")
-    assert len(frames.read_runs(trained.run_dir)) == 37  # its neighbours lose nothing
+    assert len(frames.read_runs(trained.run_dir)) == 37  # other runs are not affected
 
 
 @pytest.mark.parametrize("file", ["config.json", "environment.json", "results.json"])
 @pytest.mark.parametrize(
-    "content", ["", "{", "[1]", '{"sessions": 5, "model": 7}', '{"model": {"parameter_count": 1e999, "flops_per_token": "x"}}']
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"sessions": 5, "model": 7}',
+        '{"model": {"parameter_count": 1e999, "flops_per_token": "x"}}',
+    ],
 )
-def test_damaged_files_beside_the_records_take_nothing_from_them(file, content, tmp_path):
+def test_records_are_read_although_other_files_are_damaged(file, content, tmp_path):
     folder = write(tmp_path / "run", [step(1), step(2)])
     (folder / file).write_text(content)
     frame = frames.read_runs(folder)
@@ -101,63 +164,109 @@ def test_damaged_files_beside_the_records_take_nothing_from_them(file, content, 
     frames.parameters_table([folder])
 
 
-def test_a_missing_run_is_an_error_and_two_of_one_name_are_told_apart(tmp_path):
+def test_a_missing_run_is_an_error_and_equal_names_get_their_parent_folder(tmp_path):
     with pytest.raises(ValueError, match=r"There is no run .*nothing"):
         frames.read_runs(tmp_path / "nothing")
     a, b = (write(tmp_path / parent / "same", [step(1)]) for parent in ("a", "b"))
     assert list(frames.results_table([a, b, a]).index) == ["a/same", "b/same"]
     c = write(tmp_path / "x" / "a" / "same", [step(1)])
-    assert list(frames.named_folders([a, b, c])) == [f"{tmp_path.name}/a/same", "b/same", "x/a/same"]
+    assert list(frames.named_folders([a, b, c])) == [
+        f"{tmp_path.name}/a/same",
+        "b/same",
+        "x/a/same",
+    ]
     assert frames.find_runs(tmp_path / "x", nested=True) == [c]
-    assert frames.find_runs(tmp_path, nested=True) == [a, b, c] and frames.find_runs(tmp_path / "a") == [a]
+    assert frames.find_runs(tmp_path, nested=True) == [a, b, c] and frames.find_runs(
+        tmp_path / "a"
+    ) == [a]
     assert frames.find_runs(tmp_path) == frames.find_runs(tmp_path / "nothing") == []
 
 
-def test_only_the_parameters_that_differ(tmp_path):
+def test_parameters_table_shows_only_the_parameters_that_differ(tmp_path):
     a = write(tmp_path / "a", [], seed=0, dropout=0.1, run_name="a")
     b = write(tmp_path / "b", [], seed=1, dropout=0.1, run_name="b", extra="x")
     table = frames.parameters_table([a, b])
-    assert table.to_dict("index") == {"seed": {"a": 0, "b": 1}, "extra": {"a": "(not given)", "b": "x"}}
-    assert {"batch_size", "dropout", "tokenizer"} < set(frames.parameters_table([a, b], differences_only=False).index)
+    assert table.to_dict("index") == {
+        "seed": {"a": 0, "b": 1},
+        "extra": {"a": "(not given)", "b": "x"},
+    }
+    assert {"batch_size", "dropout", "tokenizer"} < set(
+        frames.parameters_table([a, b], differences_only=False).index
+    )
     c = write(tmp_path / "c", [], seed=1, dropout=0.1, attention="mha")
-    ranks = {"kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave", "q_lora_rank"}
+    ranks = {
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "rope_interleave",
+        "q_lora_rank",
+    }
     table = frames.parameters_table([a, c])
-    assert set(table.index) == ranks | {"seed", "attention"} and set(table.loc[list(ranks), "c"]) == {"-"}
+    assert set(table.index) == ranks | {"seed", "attention"} and set(
+        table.loc[list(ranks), "c"]
+    ) == {"-"}
 
 
-def test_a_running_run_is_told_from_a_dead_one(smoke, tmp_path):
-    """A process that trains, killed without a word, and started again."""
+def test_status_of_a_run_that_runs_is_killed_and_resumes(smoke, tmp_path):
+    """A process that trains, is killed by SIGKILL, and is started again."""
     config = smoke(total_steps=100_000, eval_every=50_000, checkpoint_every=10, log_every=1)
     assert not config.run_dir.exists() and run_status(config.run_dir) == "empty"
-    pairs = [("output_dir", config.output_dir), ("run_name", config.run_name), ("total_steps", "100000"), ("eval_every", "50000")]
+    pairs = [
+        ("output_dir", config.output_dir),
+        ("run_name", config.run_name),
+        ("total_steps", "100000"),
+        ("eval_every", "50000"),
+    ]
     command = [sys.executable, "-m", "lmlib", "train", str(PROJECT_ROOT / "params" / "smoke.yaml")]
-    command += [word for pair in [*pairs, ("checkpoint_every", "10"), ("log_every", "1")] for word in ("-p", *pair)]
+    command += [
+        word
+        for pair in [*pairs, ("checkpoint_every", "10"), ("log_every", "1")]
+        for word in ("-p", *pair)
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while "Step 25/" not in process.stdout.readline():
             pass
         assert run_status(config.run_dir) == "running"
-        assert frames.headline(frames.read_runs(config.run_dir), config.run_name).startswith("running | step ")
+        assert frames.headline(frames.read_runs(config.run_dir), config.run_name).startswith(
+            "running | step "
+        )
         process.send_signal(signal.SIGKILL)
     assert run_status(config.run_dir) == "died"
-    sign = config.run_dir / "heartbeat.json"
-    sign.write_text(json.dumps({"machine": "another"}))  # seen from elsewhere: only its age tells
+    beat = config.run_dir / "heartbeat.json"
+    beat.write_text(
+        json.dumps({"machine": "another"})
+    )  # on another machine only the heartbeat's age counts
     assert run_status(config.run_dir) == "running"
-    sign.write_text("")  # caught while it was being renewed
+    beat.write_text("")  # read while it is being renewed
     assert run_status(config.run_dir) == "running"
-    os.utime(sign, (time.time() - 60,) * 2)
+    os.utime(beat, (time.time() - 60,) * 2)
     assert run_status(config.run_dir) == "died" and platform.node() != "another"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while "Checkpoint saved" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGTERM)
     assert run_status(config.run_dir) == "stopped" and len(frames.resumes(config.run_dir)) == 1
-    line = [t for t in figures.training_curves(frames.read_runs(config.run_dir)).data if t.name == "resumed here"]
+    line = [
+        t
+        for t in figures.training_curves(frames.read_runs(config.run_dir)).data
+        if t.name == "resumed here"
+    ]
     assert list(line[0].x) == frames.resumes(config.run_dir)
 
 
-def test_the_texts_of_a_run_are_replayed_along_its_steps(trained):
+def test_texts_at_returns_the_samples_of_the_last_evaluation(trained):
     frame = frames.read_runs(trained.run_dir)
     first, last = frames.texts_at(frame, 0), frames.texts_at(frame)
-    assert [heading for heading, _, _ in first + last] == ["trained, step 0"] * 3 + ["trained, step 20"] * 3
+    assert [heading for heading, _, _ in first + last] == ["trained, step 0"] * 3 + [
+        "trained, step 20"
+    ] * 3
     assert [prompt for _, prompt, _ in first] == [prompt for _, prompt, _ in last]
     assert frames.texts_at(frame, 7)[0][0] == "trained, step 5"
+
+
+def test_the_british_spelling_of_earlier_versions_is_read(tmp_path):
+    old = step(1, timing={"seconds": 1.0, "utilisation": 0.5})
+    new = step(2, timing={"seconds": 2.0, "utilization": 0.25})
+    frame = frames.read_runs(write(tmp_path / "run", [old, new]))
+    assert list(frame["utilization"]) == [0.5, 0.25] and "utilisation" not in frame

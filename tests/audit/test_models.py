@@ -1,4 +1,4 @@
-"""Every fault planted in a model is caught and named; honest models pass."""
+"""The checks of a model find and name every planted fault; correct models pass."""
 
 import random
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from lmlib import audit
 
-# fault -> (check, what its pattern says, the part of the model it is first seen in)
+# fault -> (check, part of its pattern, the first module that shows it)
 FAULTS = {
     "no mask": ("causality", "whole window", "layers.0"),
     "boolean mask added": ("causality", "whole window", "layers.0"),
@@ -27,9 +27,13 @@ FAULTS = {
     "bidirectional convolution": ("causality", "next 2 tokens", "layers.0"),
     "bidirectional convolution, second layer": ("causality", "next token", "layers.1"),
     "Fourier mixing": ("causality", "whole window", "layers.0"),
-    "normalised over time": ("causality", "whole window", "layers.0"),
+    "normalized over time": ("causality", "whole window", "layers.0"),
     "pooled over time": ("causality", "", "layers.0"),
-    "shift that wraps around": ("causality", "whole window", "layers.0"),  # the next layer's attention spreads it
+    "shift that wraps around": (
+        "causality",
+        "whole window",
+        "layers.0",
+    ),  # the next layer's attention spreads it
     "shift that wraps around, second layer": ("causality", "wraps around", "layers.1"),
     "router by the mean of the sequence": ("causality", "whole window", "layers.0"),
     "router with a capacity": ("causality", "", "layers.0"),
@@ -40,7 +44,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught_and_named(fault):
+def test_a_planted_fault_is_found_and_named(fault):
     check, pattern, place = FAULTS[fault]
     report = getattr(audit, f"check_{check.replace(' ', '_')}")(Decoder(fault))
     assert report.passed is False and report.check == check and report.leaks
@@ -51,61 +55,71 @@ def test_a_planted_fault_is_caught_and_named(fault):
         assert all(leak.t < leak.s and leak.change > 1e-5 for leak in report.leaks)
 
 
-def test_the_same_decoder_without_a_fault_passes_every_check():
+def test_the_decoder_without_a_fault_passes_every_check():
     model = Decoder()
     for check in (audit.check_causality, audit.check_batch_independence, audit.check_cache):
         assert check(model).passed is True, check(model)
 
 
-def test_faults_of_time_and_faults_of_the_batch_are_told_apart():
+def test_leaks_in_time_and_between_rows_are_distinguished():
     assert audit.check_causality(Decoder("mean over the batch")).passed is True
     assert audit.check_batch_independence(Decoder("no mask")).passed is True
     report = audit.check_causality(Decoder("batch norm"))
     assert report.passed is False and "only in training mode" in report.summary
 
 
-def test_blocks_are_named_in_long_windows_too():
+def test_blocks_are_recognized_in_long_windows():
     class Blocks(Decoder):
         def forward(self, ids):
             return self.head(self.layers[0].blocks(self.embed(ids), 64))
 
     report = audit.check_causality(Blocks(), sequence_length=150)
     assert report.pattern == "blocks of 64"
-    assert {leak.t // 64 for leak in report.leaks} == {0, 1} and all(leak.t // 64 == leak.s // 64 for leak in report.leaks)
+    assert {leak.t // 64 for leak in report.leaks} == {0, 1} and all(
+        leak.t // 64 == leak.s // 64 for leak in report.leaks
+    )
 
 
-def test_each_pair_that_leaks_is_reported_and_no_other():
-    report = audit.check_causality(Decoder("averages over blocks of 4, second layer"), sequence_length=12)
-    assert {(leak.t, leak.s) for leak in report.leaks} == {(t, s) for t in range(12) for s in range(t + 1, t // 4 * 4 + 4)}
+def test_exactly_the_leaking_pairs_are_reported():
+    report = audit.check_causality(
+        Decoder("averages over blocks of 4, second layer"), sequence_length=12
+    )
+    assert {(leak.t, leak.s) for leak in report.leaks} == {
+        (t, s) for t in range(12) for s in range(t + 1, t // 4 * 4 + 4)
+    }
 
 
-def test_a_leak_at_one_length_is_found_and_the_length_is_said():
+def test_a_leak_at_one_length_is_found_and_the_length_reported():
     report = audit.check_causality(Decoder("no mask at a length"))
-    assert {leak.length for leak in report.leaks} == {37} and "seen in windows of 37" in report.summary
+    assert {leak.length for leak in report.leaks} == {
+        37
+    } and "seen in windows of 37" in report.summary
     assert audit.check_causality(Decoder("no mask at a length"), sequence_length=36).passed is True
 
 
-def test_a_leak_behind_a_matrix_of_zeros_is_found():
+def test_a_leak_behind_a_zero_matrix_is_found():
     model = Decoder("no mask")
     for layer in model.layers:
         nn.init.zeros_(layer.out.weight)
         nn.init.zeros_(layer.out.bias)
     assert audit.check_causality(model).passed is False
-    assert not model.layers[0].out.weight.any()  # the model itself is left as it was
+    assert not model.layers[0].out.weight.any()  # the model itself is unchanged
 
 
-def test_the_audit_leaves_the_model_and_chance_as_they_were():
+def test_the_audit_changes_neither_the_model_nor_the_rng():
     model = Decoder("batch norm").train()
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     audit.check_causality(model), audit.check_batch_independence(model), audit.check_cache(model)
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
-def test_what_hid_leaks_from_earlier_versions_of_the_check_is_seen():
+def test_leaks_that_earlier_versions_missed_are_found():
     class Hidden(Decoder):
-        """Leaks, and has logits that are ruled out by a huge number, or only with gradients on, or only beyond 256 tokens."""
+        """Leaks: beside logits of -1e9, only with gradients enabled, or only beyond 256 tokens."""
 
         def __init__(self, how):
             super().__init__("no mask" if how == "ruled out" else "")
@@ -118,7 +132,11 @@ def test_what_hid_leaks_from_earlier_versions_of_the_check_is_seen():
             ):
                 x = x + x.mean(1, keepdim=True)
             logits = self.head(self.layers[1](self.layers[0](x)[0])[0])
-            return logits.index_fill(2, torch.tensor([0, 1]), -1e9) if self.how == "ruled out" else logits
+            return (
+                logits.index_fill(2, torch.tensor([0, 1]), -1e9)
+                if self.how == "ruled out"
+                else logits
+            )
 
     assert audit.check_causality(Hidden("ruled out"), quick=True).passed is False
     assert audit.check_causality(Hidden("gradients"), quick=True).passed is False
@@ -138,8 +156,8 @@ def test_one_pair_in_a_long_window_is_found():
     assert {(leak.t, leak.s) for leak in report.leaks} == {(100, 101)}
 
 
-class Honest(Decoder):
-    """Honest, with what could be mistaken for a leak."""
+class Correct(Decoder):
+    """A causal model with a property that could be mistaken for a leak."""
 
     def __init__(self, how):
         super().__init__()
@@ -152,15 +170,21 @@ class Honest(Decoder):
             x, self.mean = x + self.mean, 0.5 * self.mean + x.detach().mean((0, 1))
         if self.how == "noise in evaluation":
             x = nn.functional.dropout(x, 0.1)
-        if self.how == "Python's chance" and random.random() < 0.5:
+        if self.how == "Python's RNG" and random.random() < 0.5:
             return self.head(self.layers[0](x)[0])
         logits = self.head(self.layers[1](self.layers[0](x)[0])[0])
-        return logits.index_fill(2, torch.tensor([0]), -torch.inf) if self.how == "ruled out" else logits
+        return (
+            logits.index_fill(2, torch.tensor([0]), -torch.inf)
+            if self.how == "ruled out"
+            else logits
+        )
 
 
-@pytest.mark.parametrize("how", ["running statistics", "noise in evaluation", "Python's chance", "ruled out"])
-def test_honest_oddities_are_no_leaks(how):
-    assert audit.check_causality(Honest(how)).passed is True
+@pytest.mark.parametrize(
+    "how", ["running statistics", "noise in evaluation", "Python's RNG", "ruled out"]
+)
+def test_unusual_causal_models_pass(how):
+    assert audit.check_causality(Correct(how)).passed is True
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,7 +194,9 @@ def test_honest_oddities_are_no_leaks(how):
 def shifted(by: int):
     def loss(model, ids, targets):
         logits = model(ids)
-        return nn.functional.cross_entropy(logits[:, : logits.shape[1] - by].flatten(0, 1), targets[:, by:].flatten())
+        return nn.functional.cross_entropy(
+            logits[:, : logits.shape[1] - by].flatten(0, 1), targets[:, by:].flatten()
+        )
 
     return loss
 
@@ -181,19 +207,20 @@ def batch(shift: int):
 
 
 @pytest.mark.parametrize(
-    "in_batch, in_loss, name", [(0, 0, "labels unshifted"), (1, 1, "labels shifted twice"), (2, 0, "labels shifted twice")]
+    "in_batch, in_loss, name",
+    [(0, 0, "labels unshifted"), (1, 1, "labels shifted twice"), (2, 0, "labels shifted twice")],
 )
-def test_labels_that_are_shifted_wrongly_are_named(in_batch, in_loss, name):
+def test_wrong_shifts_of_the_labels_are_named(in_batch, in_loss, name):
     report = audit.check_labels(Decoder(), *batch(in_batch), loss=shifted(in_loss))
     assert report.passed is False and report.pattern == name
 
 
-def test_labels_shifted_once_pass_wherever_it_is_done():
+def test_labels_shifted_once_pass_in_the_batch_or_in_the_loss():
     assert audit.check_labels(Decoder(), *batch(1), loss=shifted(0)).passed is True
     assert audit.check_labels(Decoder(), *batch(0), loss=shifted(1)).passed is True
 
 
-def test_padding_among_the_labels_and_foreign_labels_are_named():
+def test_labeled_padding_and_unrelated_labels_are_named():
     ids, targets = batch(1)
     padded, labels = ids.clone(), targets.clone()
     padded[0, 8:] = labels[0, 7:] = 0
@@ -201,12 +228,22 @@ def test_padding_among_the_labels_and_foreign_labels_are_named():
     assert report.passed is False and report.pattern == "padding"
     labels[0, 7:] = -100
     assert audit.check_labels(Decoder(), padded, labels, loss=shifted(0), padding=0).passed is True
-    assert audit.check_labels(Decoder(), ids, targets.flip(1), loss=shifted(0)).pattern == "foreign labels"
-    report = audit.check_labels(Decoder(), ids, targets, loss=lambda m, x, y: shifted(0)(m, x, y) + 1)
-    assert report.passed is None and "something is added" in report.summary  # the loss of a router, say
+    assert (
+        audit.check_labels(Decoder(), ids, targets.flip(1), loss=shifted(0)).pattern
+        == "unrelated labels"
+    )
+    report = audit.check_labels(
+        Decoder(), ids, targets, loss=lambda m, x, y: shifted(0)(m, x, y) + 1
+    )
+    assert (
+        report.passed is None and "something is added" in report.summary
+    )  # such as the auxiliary loss of a router
 
     def counted(model, x, y):
-        return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") / y.numel()
+        return (
+            nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+            / y.numel()
+        )
 
     labels[0, 7:] = -100
     assert audit.check_labels(Decoder(), padded, labels, loss=counted).passed is False
@@ -215,13 +252,36 @@ def test_padding_among_the_labels_and_foreign_labels_are_named():
 # ---------------------------------------------------------------------------------------------------
 # Models of transformers
 
-SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 SMALL |= {"max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GROUPED, NARROW = {**SMALL, "num_key_value_heads": 2}, {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
-OLD = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED, NARROW = (
+    {**SMALL, "num_key_value_heads": 2},
+    {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
+)
+OLD = {
+    "vocab_size": 99,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-HONEST = {
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+STOCK = {
     "Llama": GROUPED,
     "Mistral": {**GROUPED, "sliding_window": 8},
     "Mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -233,7 +293,11 @@ HONEST = {
     "GPT2": OLD,
     "GPTJ": {**OLD, "rotary_dim": 4},
     "GPTNeoX": SMALL,
-    "OPT": {**{n: v for n, v in SMALL.items() if n != "intermediate_size"}, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "OPT": {
+        **{n: v for n, v in SMALL.items() if n != "intermediate_size"},
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    },
     "Bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "Falcon": {n: v for n, v in SMALL.items() if n != "intermediate_size"},
     "Phi": SMALL,
@@ -250,7 +314,14 @@ HONEST = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
-    "Glm4Moe": {**NARROW, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "Glm4Moe": {
+        **NARROW,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "Mamba": {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
 }
 
@@ -262,9 +333,9 @@ def stock(name: str, **settings):
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("name", HONEST)
-def test_honest_models_of_transformers_pass(name):
-    model = stock(name, **HONEST[name])
+@pytest.mark.parametrize("name", STOCK)
+def test_causal_models_of_transformers_pass(name):
+    model = stock(name, **STOCK[name])
     for check in (audit.check_causality, audit.check_batch_independence, audit.check_cache):
         report = check(model, sequence_length=24)
         assert report.passed is True, report
@@ -272,17 +343,20 @@ def test_honest_models_of_transformers_pass(name):
 
 
 @pytest.mark.parametrize("name", ["Bert", "RoFormer"])
-def test_stock_models_that_are_encoders_unless_told_leak(name):
+def test_encoders_leak_unless_is_decoder_is_set(name):
     assert audit.check_causality(stock(name, **SMALL), sequence_length=24).pattern == "whole window"
-    assert audit.check_causality(stock(name, **SMALL, is_decoder=True), sequence_length=24).passed is True
+    assert (
+        audit.check_causality(stock(name, **SMALL, is_decoder=True), sequence_length=24).passed
+        is True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
-# Models of strangers
+# Models with other interfaces
 
 
-class Strange(nn.Module):
-    """An honest decoder whose forward is `call`."""
+class Wrapped(nn.Module):
+    """A causal decoder whose forward is `call`."""
 
     def __init__(self, call):
         super().__init__()
@@ -304,11 +378,11 @@ class Strange(nn.Module):
     ],
     ids=["tuple", "dict", "flattened", "classes second", "time first", "rounded"],
 )
-def test_outputs_of_other_shapes_are_understood(call):
-    assert audit.check_causality(Strange(call), sequence_length=20).passed is True
+def test_outputs_in_other_layouts_are_accepted(call):
+    assert audit.check_causality(Wrapped(call), sequence_length=20).passed is True
 
 
-def test_a_fixed_length_is_found_and_short_windows_may_be_refused():
+def test_a_fixed_length_is_found_and_refused_lengths_are_reported():
     class Fixed(Decoder):
         def __init__(self):
             super().__init__()
@@ -333,18 +407,18 @@ def test_a_fixed_length_is_found_and_short_windows_may_be_refused():
     assert report.passed is True and "does not run on windows of 2 to 9" in report.summary
 
 
-def test_the_vocabulary_is_found_where_the_model_does_not_say_it():
+def test_the_vocabulary_size_is_found_without_a_config():
     class Silent(Decoder):
         def __init__(self, rows):
             super().__init__()
             del self.config
             self.embed = nn.Embedding(rows, 16)
 
-    for rows in (40, 90):  # fewer and more than the logits have
+    for rows in (40, 90):  # fewer and more than the width of the logits
         assert audit.check_causality(Silent(rows), sequence_length=12).passed is True
 
 
-def test_a_mask_argument_is_given_or_asked_for():
+def test_a_required_mask_is_made_or_requested():
     class Masked(Decoder):
         def forward(self, ids, attention_mask):
             assert attention_mask.shape == ids.shape
@@ -357,10 +431,17 @@ def test_a_mask_argument_is_given_or_asked_for():
             x = self.embed(ids)
             return self.head(x + (mask.float() @ x))
 
-    with pytest.raises(ValueError, match=r"forward needs mask beside the ids.*arguments=lambda ids: \{'mask': \.\.\.\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"forward needs mask besides ids.*arguments=lambda ids: \{'mask': \.\.\.\}",
+    ):
         audit.check_causality(Asking())
-    causal = audit.check_causality(Asking(), arguments=lambda ids: {"mask": torch.ones(*ids.shape, ids.shape[1]).tril()})
-    open_ = audit.check_causality(Asking(), arguments=lambda ids: {"mask": torch.ones(*ids.shape, ids.shape[1])})
+    causal = audit.check_causality(
+        Asking(), arguments=lambda ids: {"mask": torch.ones(*ids.shape, ids.shape[1]).tril()}
+    )
+    open_ = audit.check_causality(
+        Asking(), arguments=lambda ids: {"mask": torch.ones(*ids.shape, ids.shape[1])}
+    )
     assert causal.passed is True and open_.pattern == "whole window"
 
 
@@ -368,19 +449,22 @@ def test_a_mask_argument_is_given_or_asked_for():
     "model, message",
     [
         (lambda ids: ids, "needs a torch module"),
-        (Strange(lambda model, ids: model(ids).mean(1)), r"gave \(1, 61\); logits of every position"),
-        (Strange(lambda model, ids: model(ids) * torch.nan), "not all finite"),
-        (Strange(lambda model, ids: "text"), "gave a str where logits"),
+        (
+            Wrapped(lambda model, ids: model(ids).mean(1)),
+            r"gave \(1, 61\); logits of every position",
+        ),
+        (Wrapped(lambda model, ids: model(ids) * torch.nan), "not all finite"),
+        (Wrapped(lambda model, ids: "text"), "gave a str where logits"),
         (Decoder().to("meta"), "meta device"),
     ],
     ids=["no module", "one position", "not finite", "text", "meta"],
 )
-def test_what_cannot_be_audited_is_told(model, message):
+def test_a_model_that_cannot_be_audited_raises_a_clear_error(model, message):
     with pytest.raises(ValueError, match=message):
         audit.check_causality(model)
 
 
-def test_settings_that_mean_nothing_are_told():
+def test_invalid_arguments_raise_a_clear_error():
     with pytest.raises(ValueError, match="two tokens or more"):
         audit.check_causality(Decoder(), sequence_length=1)
     with pytest.raises(ValueError, match="vocab_size is 1"):

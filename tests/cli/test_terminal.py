@@ -1,86 +1,103 @@
-"""python -m lmlib: the commands as typed."""
+"""The commands as typed."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import nbformat
 import pexpect
+import pytest
 
+from lmlib.cli.parser import NOTEBOOK_PACKAGES, missing_packages
 from lmlib.files import PROJECT_ROOT
+from lmlib.generation.settings import Settings, format_setting, parse_setting
 
 
-def lmlib(*arguments, text=None, check=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "lmlib", *map(str, arguments)],
-        **{"input": text, "capture_output": True, "text": True, "cwd": PROJECT_ROOT},
-    )
+def lmlib(*arguments, text=None, check=0, python=("-m", "lmlib")):
+    """Run a command, check its exit status and return all that it printed."""
+    command = [sys.executable, *python, *map(str, arguments)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert done.returncode == check, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_train_leaves_curves_and_says_when_there_is_nothing_to_do(outputs):
-    command = ["train", "params/smoke.yaml", "-p", "output_dir", outputs, "-p", "run_name", "terminal", "-p", "total_steps", 6]
-    out = lmlib(*command)
+def smoke_with(**parameters) -> list:
+    """The smoke recipe and its -p options."""
+    pairs = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    return ["params/smoke.yaml", *pairs]
+
+
+def test_train_draws_curves_and_says_when_a_run_is_finished(outputs):
+    recipe = smoke_with(output_dir=outputs, run_name="terminal", total_steps=6)
+    out = lmlib("train", *recipe)
     assert "A new run of 6 steps" in out and "Step 6/6: Loss=" in out and "   Val Loss: " in out
     assert (outputs / "terminal" / "training_curves.html").exists()
-    assert "is finished: 6 steps. To go on, raise total_steps" in lmlib(*command)
-    assert "Going on after step 6 of 8" in lmlib(*command[:-1], 8)
+    assert "is finished: 6 steps. To continue, raise total_steps" in lmlib("train", *recipe)
+    assert "Resuming from step 6 of 8" in lmlib("train", *recipe[:-1], 8)
     [line] = [line for line in lmlib("runs", outputs).splitlines() if line.startswith("terminal ")]
     (outputs / "elsewhere").symlink_to(outputs / "terminal", target_is_directory=True)
-    try:  # one run under two names, by a path that counts from here
+    try:  # one run under two names, by a path relative to the project's root
         shown = lmlib("runs", os.path.relpath(outputs, PROJECT_ROOT))
         assert len(re.findall(r"^(elsewhere|terminal) .* at step 8$", shown, re.MULTILINE)) == 1
     finally:
         (outputs / "elsewhere").unlink()
-    assert line.split()[1:6] == ["finished", "step", "8", "best", "held-out"] and line.endswith("at step 8")
+    assert line.split()[1:6] == ["finished", "step", "8", "best", "validation"]
+    assert line.endswith("at step 8")
 
 
-def test_mistakes_are_sentences_and_write_nothing(outputs):
+def test_invalid_parameters_end_in_a_sentence_and_write_nothing(outputs):
     before = sorted(outputs.iterdir())
-    out = lmlib("train", "params/smoke.yaml", "-p", "output_dir", outputs, "-p", "totl_steps", 5, check=1)
+    out = lmlib("train", *smoke_with(output_dir=outputs, totl_steps=5), check=1)
     assert out.startswith("Error:") and "did you mean total_steps" in out and "Traceback" not in out
-    out = lmlib("notebook", "params/smoke.yaml", "-p", "output_dir", outputs, "-p", "x;import os", 5, check=1)
-    assert "is not a parameter's name" in out
+    out = lmlib("notebook", *smoke_with(output_dir=outputs), "-p", "x;import os", 5, check=1)
+    assert "is not a valid parameter name" in out
     assert sorted(outputs.iterdir()) == before
 
 
-def test_notebook_leaves_itself_in_the_runs_folder_and_is_left_alone_when_finished(outputs):
-    command = ["notebook", "params/smoke.yaml", "-p", "output_dir", outputs, "-p", "run_name", "by_notebook"]
-    out = lmlib(*command, "-p", "learning_rate", "3e-3")
+def test_notebook_is_written_to_the_runs_folder_and_left_as_it_is_when_finished(outputs):
+    recipe = smoke_with(output_dir=outputs, run_name="by_notebook", learning_rate="3e-3")
+    out = lmlib("notebook", *recipe)
     assert "Step 20/20: Loss=" in out and "Everything is in" in out and "WARNING" not in out
     executed = outputs / "by_notebook" / "train.ipynb"
     book, before = nbformat.read(executed, 4), executed.read_bytes()
-    injected = next(cell for cell in book.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    injected = next(
+        cell for cell in book.cells if "injected-parameters" in cell.metadata.get("tags", [])
+    )
     assert "learning_rate = 0.003" in injected.source
-    assert "left as it is" in lmlib(*command, "-p", "learning_rate", "3e-3")
+    assert "left as it is" in lmlib("notebook", *recipe)
     assert executed.read_bytes() == before
 
 
-def test_ctrl_c_on_the_notebook_saves_and_says_how_to_go_on(outputs, tmp_path):
-    command = [sys.executable, "-m", "lmlib", "notebook", "params/smoke.yaml", "-p", "total_steps", "100000"]
-    command += ["-p", "output_dir", str(outputs), "-p", "run_name", "interrupted", "-p", "checkpoint_every", "50000"]
+def test_ctrl_c_on_the_notebook_saves_and_says_how_to_resume(outputs, tmp_path):
+    recipe = smoke_with(output_dir=outputs, run_name="interrupted", total_steps=100_000)
+    recipe += ["-p", "checkpoint_every", 50_000]
+    command = [sys.executable, "-m", "lmlib", "notebook", *map(str, recipe)]
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=PROJECT_ROOT)
     deadline = time.monotonic() + 120
     while "Step 9/" not in (tmp_path / "out").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "out").read_text()
+        said = (tmp_path / "out").read_text()
+        assert time.monotonic() < deadline and process.poll() is None, said
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     said = (tmp_path / "out").read_text()
-    assert "Stopping after the step at hand" in said and "Its checkpoint is saved: start the same run again" in said
+    assert "Stopping after this step" in said
+    assert "The checkpoint is saved; run the same command to resume" in said
     assert len(list((outputs / "interrupted" / "checkpoints").iterdir())) == 1
 
 
 def test_generate_in_batch(trained):
-    out = lmlib("generate", trained.run_dir, "--mode", "batch", "--prompts", "Hello world", "Once", "--max-new-tokens", 5)
+    batch = ["generate", trained.run_dir, "--mode", "batch"]
+    out = lmlib(*batch, "--prompts", "Hello world", "Once", "--max-new-tokens", 5)
     assert out.count("🎯 Prompt: ") == 2 and "🤖 Generated: Hello world" in out
-    assert "batch mode needs prompts" in lmlib("generate", trained.run_dir, "--mode", "batch", check=1)
+    assert "batch mode needs prompts" in lmlib(*batch, check=1)
     assert "it has: 5, 10, 15, 20" in lmlib("generate", trained.run_dir, "--step", 7, check=1)
     assert "temperature is -1.0" in lmlib("generate", trained.run_dir, "--temperature", -1, check=1)
 
@@ -88,7 +105,8 @@ def test_generate_in_batch(trained):
 def test_generate_interactively(trained):
     text = "checkpoints\nload 10\nload 11\nparams\nOnce upon a time\n\nexit\n"
     out = lmlib("generate", trained.run_dir, "--max-new-tokens", 5, text=text)
-    assert "step      20  held-out loss" in out and "Loaded step 10." in out and "no checkpoint of step 11" in out
+    assert "step      20  validation loss" in out and "Loaded step 10." in out
+    assert "no checkpoint of step 11" in out
     assert "temperature: 0.8" in out and "🤖 Generated: Once upon a time" in out
     assert "Error" in lmlib("generate", trained.run_dir, text="word " * 500 + "\n")
 
@@ -96,45 +114,133 @@ def test_generate_interactively(trained):
 def test_checkpoints(trained, tmp_path):
     out = lmlib("checkpoints", trained.run_dir)
     assert [line.split()[1] for line in out.splitlines()] == ["5", "10", "15", "20"]
-    assert out.count("can be continued") == 2
+    assert out.count("(can be resumed)") == 2
     assert "There is no run" in lmlib("checkpoints", tmp_path / "nothing", check=1)
 
 
-def test_a_batch_reads_prompts_from_anywhere_and_writes_json_lines(trained, tmp_path):
-    (tmp_path / "prompts.txt").write_text("My lord\n\nOnce \x1b[31mupon\n")
-    command = ["generate", trained.run_dir, "--mode", "batch", "--prompts", "Hello", "-"]
-    command += ["--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", 5, "--output", tmp_path / "out.jsonl"]
-    lmlib(*command, text="from here\nand here\n")
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["Hello", "from here", "and here", "My lord", "Once \x1b[31mupon"]
-    assert all(line["tokens"] == 5 and line["ended_by"] == "length" and line["text"] for line in lines)
-    out = lmlib("generate", trained.run_dir, "--mode", "batch", "--prompts", "Once \x1b[31mupon", "--step", 10)
+def test_a_batch_takes_prompts_from_anywhere_and_writes_json_lines(trained, tmp_path):
+    out, file = tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    file.write_text("My lord\n\nOnce \x1b[31mupon\n")
+    batch = ["generate", trained.run_dir, "--mode", "batch"]
+    options = ["--prompts-file", file, "--max-new-tokens", 5, "--output", out]
+    lmlib(*batch, "--prompts", "Hello", "-", *options, text="from here\nand here\n")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    prompts = ["Hello", "from here", "and here", "My lord", "Once \x1b[31mupon"]
+    assert [line["prompt"] for line in lines] == prompts
+    assert all(line["tokens"] == 5 and line["ended_by"] == "length" for line in lines)
+    assert all(line["text"] for line in lines)
+    before = out.read_text()
+    again = ["--prompts", "Hello", "--output", out, "--top-k", 10000]
+    assert "top_k is 10000; write 1 to 512" in lmlib(*batch, *again, check=1)
+    assert out.read_text() == before
+
+
+def test_a_batch_shows_untrusted_text_safely_and_refuses_what_it_cannot_do(trained):
+    batch = ["generate", trained.run_dir, "--mode", "batch"]
+    out = lmlib(*batch, "--prompts", "Once \x1b[31mupon", "--step", 10)
     assert "\x1b" not in out and "🎯 Prompt: Once \\x1b[31mupon" in out
-    assert "temperature is 'hot'" in lmlib(*command[:6], "--temperature", "hot", check=1)
-    before = (tmp_path / "out.jsonl").read_text()
-    again = ["--output", tmp_path / "out.jsonl", "--top-k", 10000]
-    assert "top_k is 10000; write 1 to 512" in lmlib(*command[:6], *again, check=1)
-    assert (tmp_path / "out.jsonl").read_text() == before
-    assert "belong to --mode batch" in lmlib("generate", trained.run_dir, "--mode", "interactive", "--prompts", "x", check=1)
-    assert "prompt 2: The prompt has" in lmlib(*command[:6], "word " * 200, check=1)
-    assert "batch mode needs prompts" in lmlib(*command[:4], check=1)
+    hot = ["--prompts", "Hello", "--temperature", "hot"]
+    assert "temperature is 'hot'" in lmlib(*batch, *hot, check=1)
+    interactive = ["generate", trained.run_dir, "--mode", "interactive", "--prompts", "x"]
+    assert "belong to --mode batch" in lmlib(*interactive, check=1)
+    long = ["--prompts", "Hello", "word " * 200]
+    assert "prompt 2: The prompt has" in lmlib(*batch, *long, check=1)
+    assert "batch mode needs prompts" in lmlib(*batch, check=1)
 
 
-def test_the_options_are_the_settings_of_generation():
-    from dataclasses import asdict
+def test_every_sampling_setting_is_an_option_with_its_help_and_default():
+    shown = " ".join(lmlib("generate", "--help").split())
+    for field in fields(Settings):
+        default = format_setting(field.default)
+        assert f"--{field.name.replace('_', '-')} VALUE" in shown
+        assert f"{field.metadata['help']} ({default})" in shown
+        assert parse_setting(field.name, default) == field.default
 
-    from lmlib.cli import generate
-    from lmlib.cli.parser import SETTINGS
-    from lmlib.generation.settings import Settings
 
-    assert {name: generate.shown_setting(value) for name, value in asdict(Settings()).items()} == SETTINGS
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["audit"]])
+def test_help_imports_neither_torch_nor_pandas(command):
+    shown = lmlib(*command, "--help", python=("-X", "importtime", "-m", "lmlib"))
+    assert " ".join(["usage: lmlib", *command]) in shown
+    lines = [line for line in shown.splitlines() if line.startswith("import time:")]
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in lines}
+    heavy = {"torch", "transformers", "numpy", *NOTEBOOK_PACKAGES}
+    assert "argparse" in imported and not imported & heavy
+
+
+# ---------------------------------------------------------------------------------------------
+# Without the notebook packages
+
+
+def core(*arguments, check=0):
+    """Run a command where the notebook packages cannot be imported."""
+    script = """if True:
+        import sys
+        from lmlib.cli.parser import NOTEBOOK_PACKAGES, main
+        sys.modules.update(dict.fromkeys(NOTEBOOK_PACKAGES))  # None: importing it fails
+        sys.exit(main(sys.argv[1:]))
+    """
+    return lmlib(*arguments, check=check, python=("-c", script))
+
+
+def test_the_core_packages_are_enough_to_train_generate_and_audit(tmp_path, text_file):
+    run = tmp_path / "core"
+    recipe = smoke_with(output_dir=tmp_path, run_name="core", corpus=text_file, vocab_size=300)
+    recipe += smoke_with(validation_fraction=0.5, total_steps=4, checkpoint_every=2)[1:]
+    assert "Done: 4 steps" in core("train", *recipe)
+    assert (run / "results.json").exists() and not (run / "training_curves.html").exists()
+    assert "is finished: 4 steps" in core("train", *recipe)
+    prompt = ["--prompts", "To be", "--max-new-tokens", 5]
+    assert "🤖 Generated: To be" in core("generate", run, *prompt)
+    assert "validation loss" in core("checkpoints", run)
+    [line] = core("runs", tmp_path).splitlines()
+    assert line.split()[:4] == ["core", "finished", "step", "4"] and line.endswith("at step 4")
+    audited = core("audit", run)
+    assert "causality" in audited
+    assert "The page needs the notebook packages: pip install 'lmlib[notebook]'." in audited
+    assert "is not running here" in core("stop", run, check=1)
+
+
+@pytest.mark.parametrize("command", ["notebook", "sweep"])
+def test_a_command_that_needs_the_notebook_packages_says_so(command, tmp_path):
+    shown = core(command, *smoke_with(output_dir=tmp_path), check=1)
+    assert shown == (
+        f"lmlib {command} needs the notebook packages: pip install 'lmlib[notebook]'.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_of_the_core_is_not_explained_away():
+    with pytest.raises(ModuleNotFoundError):
+        missing_packages("lmlib train", ModuleNotFoundError("no torch", name="torch.nn"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs and sessions
+
+
+def test_runs_says_what_qualifies_their_scores(tmp_path):
+    def write(name, *records, **config):
+        (tmp_path / name).mkdir()
+        lines = [*map(json.dumps, records), "["]  # the last one cut off
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+
+    first, last = ({"kind": "eval", "step": n, "val_loss": x} for n, x in ((0, 5.0), (5, math.nan)))
+    write("diverged", first, last, seed=0)
+    write("new", seed=0, lmlib_leaky="split")
+    write("strange", {"kind": ["x"], "step": "y"}, {"kind": "eval", "step": 1, "val_loss": [1]})
+    diverged, new, strange = lmlib("runs", tmp_path).splitlines()
+    assert diverged.endswith("best validation loss 5.0000 at step 0; some losses are not finite")
+    assert " step       5  " in diverged
+    assert new.endswith("step       0  best validation loss -; it LEAKS (split); no records yet")
+    assert strange.endswith("cannot be read; some losses are not finite")
 
 
 def test_a_session_in_a_real_terminal(trained):
-    """Through a pseudo-terminal: editing, history, Ctrl-C, settings, checkpoints, mistakes."""
-    child = pexpect.spawn(
-        sys.executable, ["-m", "lmlib", "generate", str(trained.run_dir)], cwd=str(PROJECT_ROOT), encoding="utf-8", timeout=60
-    )
+    """Through a pseudo-terminal: editing, history, Ctrl-C, settings, checkpoints, errors."""
+    command = ["-m", "lmlib", "generate", str(trained.run_dir)]
+    place = {"cwd": str(PROJECT_ROOT), "encoding": "utf-8", "timeout": 60}
+    child = pexpect.spawn(sys.executable, command, **place)
     child.expect("Prompt: ")
 
     def say(line: str, *answers: str):
@@ -144,12 +250,14 @@ def test_a_session_in_a_real_terminal(trained):
         child.expect("Prompt: ")
 
     say("again", "Error: again: there is no prompt yet")
-    say("To be", "Generated: To be", "100 tokens", "past the model's window, it saw only the last 64 tokens")
+    slid = "longer than the context window: the model saw only the last 64 tokens"
+    say("To be", "Generated: To be", "100 tokens", slid)
     say("set max_new_tokens 5", "max_new_tokens: 5")
     say("\x1b[A\x1b[A", "Generated: To be", "5 tokens")  # two lines up in the history
     say("To bx\x7fe", "Generated: To be")  # a key undone
     say("set temperature -1", "Error: temperature is -1")
-    say("set warmth 1", "Error: set warmth: write set, a name and a value; the names are max_new_tokens")
+    names = "write set, a name and a value; the names are max_new_tokens"
+    say("set warmth 1", f"Error: set warmth: {names}")
     say("params", "max_new_tokens: 5", "temperature: 0.8")
     say("load 10", "Loaded step 10.")
     say("load 7", "Error:", "has no checkpoint of step 7; it has: 5, 10, 15, 20")
@@ -168,7 +276,7 @@ def test_a_session_in_a_real_terminal(trained):
     child.expect_exact("(stopped)")
     child.expect("Prompt: ")
     child.sendintr()
-    child.expect_exact("(quit leaves)")
+    child.expect_exact("(type quit to leave)")
     child.expect("Prompt: ")
     child.sendline("quit")
     child.expect(pexpect.EOF)

@@ -1,4 +1,4 @@
-"""The playground without a browser: its buttons pressed in Python."""
+"""The playground without a browser: Python presses its buttons."""
 
 import shutil
 import time
@@ -16,95 +16,111 @@ def run(trained, tmp_path):
 
 
 @pytest.fixture
-def ground(run):
+def play(run):
     return Playground(run, "To be", Settings(max_new_tokens=12))
 
 
-def pressed(ground, job):
-    """What the status line says once a job is done."""
-    ground._start(job)
-    ground.thread.join()
-    return ground.status.value
+def finish(play, job):
+    """Return what the status line shows once a job has finished."""
+    play.sampler.start(job)
+    play.sampler.thread.join()
+    return play.status.value
 
 
-def test_it_writes_what_generate_writes(ground, run):
-    assert "12 tokens" in pressed(ground, ground.write)
-    given, text = ground.last
-    assert [text.text] == lmlib.generate(*lmlib.load(run), ["To be"], max_new_tokens=12) and given == "To be"
-    ground.step.value = 10
-    pressed(ground, ground.write)
-    assert [ground.last[1].text] == lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)
-    pressed(ground, ground.go_on)
-    assert ground.last[0] == "To be" + lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)[0]
-    pressed(ground, ground.another)
-    assert ground.fields["seed"].value == 1
+def test_the_playground_and_generate_give_the_same_text(play, run):
+    assert "12 tokens" in finish(play, play.generate)
+    given, text = play.last
+    assert [text.text] == lmlib.generate(
+        *lmlib.load(run), ["To be"], max_new_tokens=12
+    ) and given == "To be"
+    play.step.value = 10
+    finish(play, play.generate)
+    assert [play.last[1].text] == lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)
+    finish(play, play.continue_text)
+    assert (
+        play.last[0]
+        == "To be" + lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)[0]
+    )
+    finish(play, play.another_seed)
+    assert play.fields["seed"].value == 1
 
 
-def test_settings_without_a_slider_and_beyond_one_count_too(run):
-    ground = Playground(run, "To be", Settings(max_new_tokens=900, top_k=400, stop_strings=("e",), ignore_eos=True))
-    assert ground.settings() == Settings(900, top_k=400, stop_strings=("e",), ignore_eos=True)
-    assert "a stop string" in pressed(ground, ground.write)
+def test_settings_without_a_slider_or_beyond_its_limits_apply(run):
+    play = Playground(
+        run, "To be", Settings(max_new_tokens=900, top_k=400, stop_strings=("e",), ignore_eos=True)
+    )
+    assert play.settings() == Settings(900, top_k=400, stop_strings=("e",), ignore_eos=True)
+    assert "; stop string" in finish(play, play.generate)
 
 
-def test_stop_is_answered_at_once(ground):
-    ground.fields["max_new_tokens"].max = 100_000
-    ground.fields["max_new_tokens"].value = 100_000
-    ground._start(ground.write)
-    while "tokens" not in ground.status.value:
+def test_stop_ends_generation_at_once(play):
+    play.fields["max_new_tokens"].max = 100_000
+    play.fields["max_new_tokens"].value = 100_000
+    play.sampler.start(play.generate)
+    while "tokens" not in play.status.value:
         time.sleep(0.01)
-    ground.buttons["Stop"].click()
-    ground.thread.join(10)
-    assert not ground.thread.is_alive() and 0 < len(ground.last[1].ids) < 100_000
-    assert ground.buttons["Stop"].disabled and not ground.buttons["Generate"].disabled
+    play.buttons["Stop"].click()
+    play.sampler.thread.join(10)
+    assert not play.sampler.thread.is_alive() and 0 < len(play.last[1].ids) < 100_000
+    assert play.buttons["Stop"].disabled and not play.buttons["Generate"].disabled
 
 
-def test_mistakes_are_said_and_the_playground_lives_on(ground, run):
-    ground.prompt.value = "word " * 100_000
-    assert "shorten the prompt" in pressed(ground, ground.write)
-    ground.prompt.value = "To be"
+def test_errors_appear_in_the_status_line_and_the_playground_keeps_working(play, run):
+    play.prompt.value = "word " * 100_000
+    assert "shorten the prompt" in finish(play, play.generate)
+    play.prompt.value = "To be"
     shutil.rmtree(run / "checkpoints" / "checkpoint_step_15")
-    ground.step.value = 15
-    assert "has no checkpoint of step 15; it has: 5, 10, 20" in pressed(ground, ground.write)
-    ground.temperatures.value = ""
-    assert "choose at least one checkpoint" in pressed(ground, ground.write_grid)
-    ground.temperatures.value = "hot"
-    assert "temperatures must be numbers" in pressed(ground, ground.write_grid)
-    ground.step.value = 20
+    play.step.value = 15
+    assert "has no checkpoint of step 15; it has: 5, 10, 20" in finish(play, play.generate)
+    play.temperatures.value = ""
+    assert "choose at least one checkpoint" in finish(play, play.generate_grid)
+    play.temperatures.value = "hot"
+    assert "temperatures must be numbers" in finish(play, play.generate_grid)
+    play.step.value = 20
     for prompt in ("", "<|endoftext|>", "🐎 שלום \x1b[31m", "<script>alert(1)</script>"):
-        ground.prompt.value = prompt
-        assert "12 tokens" in pressed(ground, ground.write) and "<script" not in ground.output.value
+        play.prompt.value = prompt
+        assert "12 tokens" in finish(play, play.generate) and "<script" not in play.output.value
 
 
-def test_texts_are_compared_by_columns_grid_and_difference(ground):
-    ground._add_column()
-    ground.fields["temperature"].value = 0
-    ground._add_column()
-    pressed(ground, ground.write_columns)
-    assert ground.beside.value.count("lmlib-text'>") == 2 and "temperature 0," in ground.beside.value
-    pressed(ground, ground.write_grid)
-    assert ground.table.value.count("lmlib-text'>") == 8
-    pressed(ground, ground.write)
-    assert "Blue: step 20 finds it likelier than step 5" in pressed(ground, ground.compare)
-    assert ground.difference.value.count("class='token'") == 12
+def test_columns_grid_and_difference_compare_texts(play):
+    play._add_column()
+    play.fields["temperature"].value = 0
+    play._add_column()
+    finish(play, play.generate_columns)
+    assert (
+        play.side_by_side.value.count("lmlib-text'>") == 2
+        and "temperature 0," in play.side_by_side.value
+    )
+    finish(play, play.generate_grid)
+    assert play.table.value.count("lmlib-text'>") == 8
+    finish(play, play.generate)
+    assert "Blue: step 20 finds it likelier than step 5" in finish(play, play.compare)
+    assert play.difference.value.count("class='token'") == 12
 
 
 def test_a_run_without_checkpoints_can_be_opened(tmp_path):
-    ground = Playground(tmp_path, "", Settings())
-    assert ground.step.label == "no checkpoint yet"
-    assert "neither a run with checkpoints" in pressed(ground, ground.write)
+    play = Playground(tmp_path, "", Settings())
+    assert play.step.label == "no checkpoint yet"
+    assert "neither a run with checkpoints" in finish(play, play.generate)
 
 
-def test_checkpoints_of_a_run_still_training_appear(ground, run, monkeypatch):
+def test_new_checkpoints_of_a_training_run_appear(play, run):
     from lmlib import checkpoint
 
-    ground._show_checkpoints([5, 10, 15, 20, 25])
-    assert [value for _, value in ground.step.options] == [5, 10, 15, 20, 25] and ground.step.value == 20
-    assert ground.chosen.value == (15, 20)
-    ground._show_checkpoints([5, 10])
-    assert ground.step.value == 10 and "The checkpoint of step 20 is gone" in ground.status.value
+    play._show_checkpoints([5, 10, 15, 20, 25])
+    assert [value for _, value in play.step.options] == [
+        5,
+        10,
+        15,
+        20,
+        25,
+    ] and play.step.value == 20
+    assert play.chosen.value == (15, 20)
+    play._show_checkpoints([5, 10])
+    assert play.step.value == 10 and "The checkpoint of step 20 is gone" in play.status.value
     assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20]
 
 
-def test_elsewhere_a_line_says_where_it_lives(run, capsys):
+def test_outside_jupyterlab_a_line_says_where_to_open_it(run, capsys):
     playground(run)
     assert "open this notebook in JupyterLab" in capsys.readouterr().out

@@ -1,9 +1,10 @@
-"""What the model was thinking: numbers from the forward pass, text escaped."""
+"""Tokens with their probabilities: numbers from the forward pass, escaped text."""
 
 import pytest
 import torch
 
 import lmlib
+from lmlib.generation.text import Continuation
 from lmlib.notebook import token_html
 
 
@@ -12,26 +13,28 @@ def loaded(trained):
     return lmlib.load(trained.run_dir)
 
 
-def test_tokens_carry_the_models_own_probabilities(loaded):
+def test_tokens_have_the_probabilities_of_the_forward_pass(loaded):
     model, tokenizer = loaded
     ids = tokenizer("To be, or not to be", add_special_tokens=False)["input_ids"]
-    tokens = token_html.tokens_of(model, tokenizer, ids, 2)
-    assert len(tokens) == len(ids) - 2
-    for place, token in enumerate(tokens, 2):  # the slow way: a pass for each token
-        chances = model(torch.tensor([ids[:place]]))[0, -1].softmax(-1).detach()
-        assert token.probability == pytest.approx(float(chances[ids[place]]), rel=1e-4)
-        assert token.rank == int((chances > chances[ids[place]]).sum()) + 1
-        assert token.alternatives[0][1] == pytest.approx(float(chances.max()), rel=1e-4)
+    unscored, tokens = token_html.score_tokens(model, tokenizer, Continuation(ids[:2], ids[2:]))
+    assert len(tokens) == len(ids) - 2 and unscored == ""
+    for position, token in enumerate(tokens, 2):  # the slow way: one pass per token
+        probabilities = model(torch.tensor([ids[:position]]))[0, -1].softmax(-1).detach()
+        assert token.probability == pytest.approx(float(probabilities[ids[position]]), rel=1e-4)
+        assert token.rank == int((probabilities > probabilities[ids[position]]).sum()) + 1
+        assert token.alternatives[0][1] == pytest.approx(float(probabilities.max()), rel=1e-4)
     assert len(tokens[0].alternatives) == 10
     with pytest.raises(ValueError, match="nothing comes before it"):
-        token_html.tokens_of(model, tokenizer, ids, 0)
+        token_html.score_tokens(model, tokenizer, Continuation([], ids))
 
 
-def test_beyond_the_window_only_tokens_with_half_of_it_before_them_are_judged(loaded):
+def test_beyond_the_window_only_tokens_with_half_a_window_before_them_are_scored(loaded):
     model, tokenizer = loaded
     window = model.config.sequence_length
     ids = torch.randint(1, 500, (window + 9,)).tolist()
-    assert len(token_html.tokens_of(model, tokenizer, ids, 3)) == window - window // 2
+    unscored, tokens = token_html.score_tokens(model, tokenizer, Continuation(ids[:3], ids[3:]))
+    assert len(tokens) == window - window // 2
+    assert unscored == tokenizer.decode(ids[3 : -len(tokens)], skip_special_tokens=True) != ""
 
 
 def test_likelier_is_blue_and_less_likely_orange():
@@ -41,8 +44,8 @@ def test_likelier_is_blue_and_less_likely_orange():
     assert "<b>" not in page and "<i>" not in page and "<2>" not in page
 
 
-def test_characters_of_several_tokens_stay_whole(loaded):
+def test_characters_made_of_several_tokens_stay_complete(loaded):
     model, tokenizer = loaded
     ids = tokenizer("Oh, a 🐎 in שלום!", add_special_tokens=False)["input_ids"]
-    tokens = token_html.tokens_of(model, tokenizer, ids, 1)
+    _, tokens = token_html.score_tokens(model, tokenizer, Continuation(ids[:1], ids[1:]))
     assert "".join(token.piece for token in tokens) == "Oh, a 🐎 in שלום!"[1:]

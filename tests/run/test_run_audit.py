@@ -17,7 +17,7 @@ from lmlib.model import huggingface
 from lmlib.model.attention import LatentAttention
 from lmlib.notebook.playground import Playground
 from lmlib.run.run_audit import audit, scores_elsewhere
-from lmlib.run.start import open_store
+from lmlib.run.start import find_start, open_store
 from lmlib.sweep.learning_rate import find_learning_rate
 
 
@@ -113,7 +113,7 @@ def test_text_that_both_sides_share_is_said_and_does_not_stop_a_run(smoke, tmp_p
 def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
     audited, plain = smoke(total_steps=4), smoke(total_steps=4)
     list(lmlib.train(audited))
-    monkeypatch.setattr("lmlib.training.before_training", lambda *given: {"leaks": "", "verdicts": {}})
+    monkeypatch.setattr("lmlib.run.prepare.before_training", lambda *given: {"leaks": "", "verdicts": {}})
     list(lmlib.train(plain))
     weights = [(c.run_dir / "checkpoints" / "checkpoint_step_4" / "model.safetensors").read_bytes() for c in (audited, plain)]
     assert weights[0] == weights[1]
@@ -190,7 +190,7 @@ def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
 
 
 def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
-    store = open_store(leaky["overlapping"])
+    store = open_store(find_start(leaky["overlapping"]))
     total = len(store.train) - store.config.sequence_length
     held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
     training = store.starts(torch.arange(store.window_count()).numpy())
@@ -216,7 +216,7 @@ def test_a_run_is_audited_whole_in_the_terminal_and_on_a_page(trained, capsys, t
 def test_a_leaky_run_fails_its_audit(leaky, capsys):
     assert main(["audit", str(leaky["overlapping"].run_dir), "--step", "5"]) == 1
     shown = capsys.readouterr().out
-    assert "FAIL       split: 100.00%" in shown and "at step 5 the run wrote" in shown
+    assert "FAIL       split: 100.00%" in shown and "at step 5 the run recorded" in shown
     assert (leaky["overlapping"].run_dir / "audit.html").exists()
 
 
@@ -227,10 +227,10 @@ def test_a_score_that_was_changed_by_hand_is_found(trained, tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**line, **({"val_loss": 1.0} if "val_loss" in line else {})}) + "\n" for line in lines))
     reports = {report.check: report for report in audit(tmp_path / "changed")}
-    assert reports["record"].passed is False and "wrote 1.000000 nats" in reports["record"].summary
+    assert reports["record"].passed is False and "recorded 1.000000 nats" in reports["record"].summary
     file.write_text("".join(json.dumps({**line, **({"val_loss": None} if "val_loss" in line else {})}) + "\n" for line in lines))
     report = next(report for report in audit(tmp_path / "changed") if report.check == "record")
-    assert report.passed is None and "no score of step 20" in report.summary
+    assert report.passed is None and "no recorded score at step 20" in report.summary
 
 
 def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path, capsys):
@@ -247,11 +247,11 @@ def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["no/such/folder/at/all"], "is no folder here"),
+        (["no/such/folder/at/all"], "is not a folder here"),
         (["{run}", "--step", "7"], "has no checkpoint of step 7"),
         (["{run}", "--page", "no/folder/audit.html"], "lie in a folder that exists"),
         (["{run}", "--page", "audit.txt"], "must end in .html"),
-        (["{run}/checkpoints/checkpoint_step_5", "--step", "5"], "step=5 means nothing"),
+        (["{run}/checkpoints/checkpoint_step_5", "--step", "5"], "step=5 does not apply"),
     ],
 )
 def test_what_cannot_be_audited_ends_in_a_sentence(given, message, trained, capsys, monkeypatch):
@@ -279,7 +279,7 @@ def matrix(T, leaks):
         (lambda t, s: True, "whole window"),
         (lambda t, s: t // 16 == s // 16, "blocks of 16"),
         (lambda t, s: t // 7 == s // 7, "blocks of 7"),
-        (lambda t, s: s == t + 1, "the next token (a mask off by one, a centred convolution)"),
+        (lambda t, s: s == t + 1, "the next token (a mask off by one, a centered convolution)"),
         (lambda t, s: s <= t + 3, "the next 3 tokens"),
         (lambda t, s: s == 49, "wraps around: the beginning sees the end"),
         (lambda t, s: t == 0, "wraps around: the beginning sees the end"),

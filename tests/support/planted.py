@@ -1,4 +1,4 @@
-"""Small honest things with one fault each: a decoder, a split, an evaluation. With no fault they pass every check.
+"""A small decoder with one planted fault, or with none: then it passes every check.
 
 Shapes: B batch, T positions, C width, H heads, D a head's dimensions.
 """
@@ -13,7 +13,7 @@ V, C, H, WINDOW = 61, 16, 2, 64
 
 
 def positions(x: torch.Tensor, begin: int = 0) -> torch.Tensor:
-    """x (B, H, T, D) with rotary positions from `begin` on."""
+    """Rotate x (B, H, T, D) by its positions, the first of which is `begin`."""
     T, D = x.shape[2:]
     angles = torch.arange(begin, begin + T)[:, None] / 100 ** (torch.arange(0, D, 2) / D)
     a, b = x.chunk(2, dim=-1)
@@ -38,7 +38,9 @@ class Layer(nn.Module):
     def attention(self, x, past):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.fault == "reshape for transpose":  # (B, T, C) read as (B, H, T, D) mixes the positions
+        if (
+            self.fault == "reshape for transpose"
+        ):  # viewing (B, T, C) as (B, H, T, D) mixes the positions
             q, k, v = (part.reshape(B, H, T, C // H) for part in (q, k, v))
         else:
             q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in (q, k, v))
@@ -51,7 +53,9 @@ class Layer(nn.Module):
         scores = q @ k.transpose(2, 3) * (C // H) ** -0.5
         seen = torch.ones(T, S, dtype=torch.bool).tril(S - T + (self.fault == "mask off by one"))
         masked = scores.masked_fill(~seen, -torch.inf)
-        if self.fault == "no mask" or (self.fault == "no mask at times" and self.training and torch.rand(()) < 0.5):
+        if self.fault == "no mask" or (
+            self.fault == "no mask at times" and self.training and torch.rand(()) < 0.5
+        ):
             masked = scores
         if self.fault == "boolean mask added":
             masked = scores + torch.ones(T, S, dtype=torch.bool)
@@ -63,9 +67,11 @@ class Layer(nn.Module):
         return self.out(mixed.reshape(B, T, C)), (k, v)
 
     def blocks(self, x, n):
-        """Means over blocks of n positions, whole blocks only."""
+        """Add to each position the mean of its block of n; an incomplete last block is left alone."""
         T = x.shape[1] // n * n
-        means = x[:, :T].unflatten(1, (-1, n)).mean(2, keepdim=True).expand(-1, -1, n, -1).flatten(1, 2)
+        means = (
+            x[:, :T].unflatten(1, (-1, n)).mean(2, keepdim=True).expand(-1, -1, n, -1).flatten(1, 2)
+        )
         return torch.cat((x[:, :T] + means, x[:, T:]), dim=1)
 
     def forward(self, x, past=None):
@@ -82,7 +88,7 @@ class Layer(nn.Module):
                 h = h + self.conv(h.transpose(1, 2)).transpose(1, 2)
             case "Fourier mixing":
                 h = h + torch.fft.fft(h, dim=1).real
-            case "normalised over time":
+            case "normalized over time":
                 h = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True, unbiased=False) + 1e-3)
             case "pooled over time":
                 h = h + h.amax(1, keepdim=True)
@@ -90,7 +96,9 @@ class Layer(nn.Module):
                 h = h + h.roll(1, dims=1)
             case "router by the mean of the sequence":
                 h = h * self.gate(h.mean(1, keepdim=True)).softmax(-1)[..., :1]
-            case "router with a capacity":  # of all positions, those that want the expert most get it
+            case (
+                "router with a capacity"
+            ):  # the expert takes the positions that score highest in the whole window
                 score = self.gate(h)[..., 0]
                 limit = score.topk(max(1, 3 * score.shape[1] // 4), dim=1).values[:, -1:]
                 h = h * (score >= limit)[..., None]
@@ -100,7 +108,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Two layers; a fault named "..., second layer" is in that one alone."""
+    """A decoder of two layers; a fault named "..., second layer" is only in that one."""
 
     def __init__(self, fault: str = ""):
         super().__init__()
@@ -108,7 +116,9 @@ class Decoder(nn.Module):
             torch.manual_seed(0)
             self.embed, self.head = nn.Embedding(V, C), nn.Linear(C, V)
             one_layer = fault.removesuffix(", second layer")
-            self.layers = nn.ModuleList([Layer("" if one_layer != fault else fault), Layer(one_layer)])
+            self.layers = nn.ModuleList(
+                [Layer("" if one_layer != fault else fault), Layer(one_layer)]
+            )
             for parameter in self.parameters():
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

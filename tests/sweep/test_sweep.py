@@ -22,7 +22,7 @@ from lmlib.sweep.learning_rate import RangeTest, _steepest, candidates, find_lea
 SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
 
 
-def test_a_grid_is_every_combination_under_names_that_say_so(tmp_path):
+def test_a_grid_is_every_combination_and_names_say_which(tmp_path):
     grid = {"seed": [0, 1], "dropout": [0.0, 0.1], "output_dir": [str(tmp_path)]}
     configs = plan([SMOKE], grid)
     assert [(c.run_name, c.seed, c.dropout) for c in configs] == [
@@ -34,38 +34,45 @@ def test_a_grid_is_every_combination_under_names_that_say_so(tmp_path):
     assert {c.output_dir for c in configs} == {str(tmp_path)} and not list(tmp_path.iterdir())
     longer = plan([SMOKE], {"total_steps": [20, 40], "seed": [3]})
     assert [(c.run_name, c.total_steps) for c in longer] == [
-        *[("smoke-total_steps20-seed3", 20), ("smoke-total_steps40-seed3", 40)],
+        ("smoke-total_steps20-seed3", 20),
+        ("smoke-total_steps40-seed3", 40),
     ]
     unused = plan([SMOKE], {"feed_forward": ["mlp", "moe"], "num_experts": [4, 8]})
     assert [c.run_name for c in unused] == [
-        *("smoke-feed_forwardmlp-num_experts4", "smoke-feed_forwardmoe-num_experts4", "smoke-feed_forwardmoe-num_experts8")
+        "smoke-feed_forwardmlp-num_experts4",
+        "smoke-feed_forwardmoe-num_experts4",
+        "smoke-feed_forwardmoe-num_experts8",
     ]
 
 
 def test_every_mistake_of_a_sweep_is_listed_before_anything_runs(tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text("run_name: smoke\nvocab_size: 300\n")
-    with pytest.raises(ValueError, match="dropuot is no parameter; did you mean dropout") as error:
+    with pytest.raises(
+        ValueError, match="dropuot is not a parameter; did you mean dropout"
+    ) as error:
         plan([SMOKE], {"dropuot": [0.1], "seed": [0, "x"]})
     assert "seed is 'x'" in str(error.value)
     with pytest.raises(ValueError, match="two runs would share the folder outputs/smoke"):
         plan([SMOKE, other], {})
     with pytest.raises(ValueError, match=r"no parameter file missing\.yaml") as error:
         plan(["missing.yaml", SMOKE], {"dropuot": [0.1]})
-    assert "dropuot is no parameter" in str(error.value)
+    assert "dropuot is not a parameter" in str(error.value)
     with pytest.raises(ValueError, match="The sweep is empty"):
         plan([], {})
 
 
 def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(tmp_path, capsys):
-    """The middle run has no corpus; the others are trained by papermill, and the second call does what is left."""
+    """One run has no corpus, the other is trained; a second sweep trains the rest."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 4000)
     corpora = [str(tmp_path / name) for name in ("text.txt", "missing.txt")]
-    given = ["sweep", str(SMOKE), "-p", "output_dir", str(tmp_path / "runs"), "-p", "corpus", *corpora, "-p", "seed", "0"]
+    given = ["sweep", str(SMOKE), "-p", "output_dir", str(tmp_path / "runs"), "-p", "seed", "0"]
+    given += ["-p", "corpus", *corpora]
     given += ["-p", "validation_fraction", "0.5", "-p", "vocab_size", "300"]
     assert main([*given, "--jobs", "2"]) == 1
     shown = capsys.readouterr().out
-    assert "2 runs in " in shown and shown.count("failed: ") == 1 and "missing.txt" in shown and shown.count("finished") == 1
+    assert "2 runs in " in shown and "missing.txt" in shown
+    assert shown.count("failed: ") == 1 and shown.count("finished") == 1
     [good] = [run for run in (tmp_path / "runs").iterdir() if (run / "results.json").exists()]
     assert (good / "train.ipynb").exists() and "Step 20/20" in (good / "sweep.log").read_text()
     before = {path: path.read_bytes() for path in good.rglob("*") if path.is_file()}
@@ -73,26 +80,30 @@ def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(tmp_path, caps
     (tmp_path / "missing.txt").write_text((tmp_path / "text.txt").read_text())
     assert main(given) == 0
     shown = capsys.readouterr().out
-    assert shown.count("finished before") == 1 and shown.count("finished") == 2 and "one seed: unknown" in shown
+    assert shown.count("finished before") == 1 and shown.count("finished") == 2
+    assert "one seed: unknown" in shown
     assert {path: path.read_bytes() for path in good.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
 def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
-    steps = {"total_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
-    given = ["-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1", "-p", "output_dir", str(tmp_path)]
-    given += [word for name, value in steps.items() for word in ("-p", name, str(value))]
-    with subprocess.Popen([sys.executable, *given], cwd=PROJECT_ROOT, stderr=subprocess.PIPE) as process:
+    parameters = {"total_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
+    parameters["output_dir"] = tmp_path
+    given = ["-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1"]
+    given += [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, *given]
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stderr=subprocess.PIPE) as process:
         while not (tmp_path / "smoke-seed0" / "train.ipynb").exists():
             time.sleep(0.1)
-        time.sleep(1)  # the kernel is only starting: the wish is kept until it can be heard
+        time.sleep(1)  # the kernel is only starting: the request is repeated until the run sees it
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
     assert process.returncode == 130 and run_status(tmp_path / "smoke-seed0") == "stopped"
-    assert len(list((tmp_path / "smoke-seed0" / "checkpoints").iterdir())) == 1 and not (tmp_path / "smoke-seed1").exists()
+    assert len(list((tmp_path / "smoke-seed0" / "checkpoints").iterdir())) == 1
+    assert not (tmp_path / "smoke-seed1").exists()
 
 
-def test_a_strange_folder_or_a_run_that_somebody_trains_fails_alone(tmp_path):
+def test_an_unusable_folder_or_a_run_in_training_fails_alone(tmp_path):
     configs = plan([SMOKE], {"seed": [0, 1, 2], "output_dir": [str(tmp_path)]})
     for config, content in zip(configs, ({"x": 1}, [1]), strict=False):
         config.run_dir.mkdir()
@@ -106,12 +117,13 @@ def test_a_strange_folder_or_a_run_that_somebody_trains_fails_alone(tmp_path):
 def test_jobs_share_the_devices_that_the_user_gave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert [_share(slot, 3, _devices()) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": n} for n in "232"]
+    shares = [_share(job, 3, _devices()) for job in range(3)]
+    assert shares == [{"CUDA_VISIBLE_DEVICES": name} for name in "232"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert _devices() == ["0", "1"]
 
 
-def test_the_search_suggests_a_rate_that_learns_and_touches_nothing(smoke):
+def test_the_search_suggests_a_rate_that_learns_and_changes_no_state(smoke):
     """Training afterwards is bit for bit what it is without a search."""
     shape = {"hidden_size": 64, "dropout": 0.1, "total_steps": 12}
     alone = smoke(**shape)
@@ -124,8 +136,10 @@ def test_the_search_suggests_a_rate_that_learns_and_touches_nothing(smoke):
     list(lmlib.train(searched))
     assert fingerprint(searched.run_dir) == fingerprint(alone.run_dir)
 
-    assert found.factors[0] == 1e-3 and found.factors == sorted(found.factors) and len(found.losses) == len(found.factors)
-    assert found.losses[0] == pytest.approx(6.24, abs=0.05) and min(found.losses) < 5.6  # ln 512: nothing known
+    assert found.factors[0] == 1e-3 and found.factors == sorted(found.factors)
+    assert len(found.losses) == len(found.factors)
+    assert found.losses[0] == pytest.approx(6.24, abs=0.05)  # ln 512: random weights
+    assert min(found.losses) < 5.6
     lowest = found.losses.index(min(found.losses))
     assert 1e-2 < found.factor < found.factors[lowest] * 1.0001
     assert set(found.suggestion) == {"learning_rate", "muon_learning_rate"}
@@ -144,23 +158,28 @@ def test_candidates_are_short_runs_beside_the_suggestion(smoke, capsys):
     config = smoke(total_steps=500)
     found = RangeTest(config, [0.1, 1.0, 3.0], [5.0, 4.0, 6.0], 0.5)
     short = candidates(found, 5)
-    assert [c.learning_rate for c in short] == [0.0017, 0.005, 0.01, 0.015] and [c.muon_learning_rate for c in short][1] == 0.01
+    assert [c.learning_rate for c in short] == [0.0017, 0.005, 0.01, 0.015]
+    assert short[1].muon_learning_rate == 0.01
     assert {(c.total_steps, c.eval_every) for c in short} == {(5, 5)}
-    assert short[0].run_dir == config.run_dir.with_name(f"{config.run_name}-rates") / "5steps-rate0.0017-0.0033"
+    folder = config.run_dir.with_name(f"{config.run_name}-rates")
+    assert short[0].run_dir == folder / "5steps-rate0.0017-0.0033"
     near = candidates(RangeTest(config, [0.1, 1.0, 3.0], [5.0, 4.0, 6.0], 1.04), 5)
     assert len({c.run_dir for c in near}) == len(near) == 4
-    given = ["find-rate", str(SMOKE), "-p", "output_dir", config.output_dir, "-p", "hidden_size", "64"]
+    given = ["find-rate", str(SMOKE), "-p", "output_dir", config.output_dir]
+    given += ["-p", "hidden_size", "64"]
     assert main(given) == 0 and "Suggested: -p learning_rate " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["sweep", str(SMOKE), "-p", "seed"], ["sweep", str(SMOKE), "--jobs", "0"]])
-def test_what_a_sweep_cannot_mean_is_refused(command, capsys):
+@pytest.mark.parametrize(
+    "command", [["sweep", str(SMOKE), "-p", "seed"], ["sweep", str(SMOKE), "--jobs", "0"]]
+)
+def test_invalid_options_of_a_sweep_are_refused(command, capsys):
     assert main(command) == 1
     assert "write -p NAME VALUE" in (said := capsys.readouterr().err) or "--jobs is 0" in said
 
 
 def test_the_recipes_of_experiment_8_differ_as_they_should():
-    """Total and active parameters of each cell at full size: experts add to the one and not to the other."""
+    """Of each cell at full size: experts add to the total parameters, not to the active ones."""
     counts = {}
     for file in (PROJECT_ROOT / "params" / "exp8").glob("*.yaml"):
         config = lmlib.RunConfig.load(file)
