@@ -1,28 +1,30 @@
-# make train | test | lab | bench. The first of them sets up .venv; after that setting up is instant.
+# make train | test | lab | bench. The first sets up .venv with what training needs; `make test`
+# adds the tests' packages. After that setting up is instant.
 PYTHON ?= python3
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: train test test-slow lab bench survival lint notebooks clean
 
 train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
 
-test: $(VENV)/ready lint
+test: $(VENV)/ready-dev lint
 	$(RUN) -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -q -m slow $(ARGS)
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready-dev
 	$(RUN) benchmarks/train.py
 	$(RUN) benchmarks/generate.py
 	$(RUN) benchmarks/experts.py
@@ -30,14 +32,19 @@ bench: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(RUN) docs/publish_notebooks.py
 
-survival: $(VENV)/ready
+survival: $(VENV)/ready-dev
 	$(RUN) tests/support/survival.py $(ARGS)
 
+# A set-up that was interrupted leaves a broken .venv: it is made again where pip does not run.
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:

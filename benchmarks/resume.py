@@ -1,91 +1,99 @@
-"""What a checkpoint costs: how long saving holds up training, and how long going on takes, at step 9,000 of exp9's shape.
+"""Time saving and resuming at step 9,000 of a recipe: what a checkpoint costs.
 
-`python benchmarks/resume.py`; needs 8 GB of memory and 5 GB of disk. The text is Shakespeare's, so that no network is needed.
+    python benchmarks/resume.py [--recipe params/exp9.yaml]
+
+exp9 needs 8 GB of memory and 5 GB of disk. The text is Shakespeare's, so no network is needed.
 """
 
 import argparse
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from lmlib import checkpoint, optim, training
 from lmlib.config import RunConfig
-from lmlib.files import PROJECT_ROOT, resolve_path, write_json
+from lmlib.files import PROJECT_ROOT, resolve_path
 from lmlib.model import huggingface
-from lmlib.model.transformer import LanguageModel
-from lmlib.run.start import open_store
+from lmlib.run.prepare import prepare, record_start
+from lmlib.run.start import find_start
 
-STEP = 9000
+STEP, LAST = 9000, 10_000
 
 
 class FirstStep(Exception):
-    """Training has come to its first step."""
+    """Training has reached its first step."""
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--recipe", default=str(PROJECT_ROOT / "params" / "exp9.yaml"))
-    options.add_argument("--output-dir", default=str(PROJECT_ROOT / "outputs"))
-    arguments = options.parse_args()
-    with tempfile.TemporaryDirectory(dir=resolve_path(arguments.output_dir)) as name:
-        text = {"corpus": "shakespeare", "corpus_config": None, "tokenizer": "train", "validation_fraction": 0.1}
-        config = RunConfig.load(arguments.recipe, **text, output_dir=name, run_name="resumed")
-        store = open_store(config)
-        config = replace(config, vocab_size=config.vocab_size or store.vocab_size)
-        model = LanguageModel(config)
-        optimizers = optim.build_optimizers(model, config)
-        for parameter in model.parameters():
-            parameter.grad = parameter.detach().clone()
-        for optimizer in optimizers:
-            optimizer.step()  # makes its state
-        config.run_dir.mkdir()
-        write_json(config.run_dir / "config.json", config.to_dict())
-
-        began = time.monotonic()
-        checkpoint.Saver(background=False).save(
-            config.run_dir,
-            STEP,
-            huggingface.model_tensors(model),
-            optim.state_tensors(model, optimizers),
-            config=config,
-            tokenizer=store.tokenizer,
-            val_loss=9.0,
-            val_loss_step=STEP,
-            scheduled=True,
-            state={
-                **{"metrics_size": 0, "timing": {}, "skipped": [], "recent_losses": []},
-                **{"scores": {"val_loss": 9.0}, "scored": STEP},
-            },
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default=str(PROJECT_ROOT / "params" / "exp9.yaml"))
+    parser.add_argument("--output-dir", default=str(PROJECT_ROOT / "outputs"))
+    options = parser.parse_args()
+    resolve_path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=resolve_path(options.output_dir)) as output_dir:
+        config = RunConfig.load(
+            options.recipe,
+            corpus="shakespeare",
+            corpus_config=None,
+            tokenizer="train",
+            validation_fraction=0.1,
+            total_steps=LAST,
+            checkpoint_every=LAST,
+            output_dir=output_dir,
+            run_name="resumed",
         )
-        saving = time.monotonic() - began
+        seconds = time_save(config)
+        recorded = RunConfig.recorded(config.run_dir)  # with the vocabulary's size filled in
         folder = config.run_dir / "checkpoints" / f"checkpoint_step_{STEP}"
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"Saving {size / 1e9:.2f} GB, flushed to disk: {saving:.1f} s.")
-        del model, optimizers
+        print(f"Saving {size / 1e9:.2f} GB, flushed to disk: {seconds:.1f} s.")
 
         def first_step(*batch):
             raise FirstStep
 
         training.accumulate_gradients = first_step
         for _ in range(3):
-            floor, whole = loading(config, folder), going_on(config)
-            print(f"Verifying and loading weights and state: {floor:.2f} s. train() to its first step: {whole:.2f} s.")
+            loading, resuming = time_loading(recorded, folder), time_resuming(config)
+            print(
+                f"Verifying and loading weights and state: {loading:.2f} s. "
+                f"train() to its first step: {resuming:.2f} s."
+            )
         shutil.rmtree(config.run_dir)
 
 
-def loading(config: RunConfig, folder: Path) -> float:
-    """Seconds to verify and load weights and optimiser state and nothing else."""
+def time_save(config: RunConfig) -> float:
+    """Start a run and save it as if at step STEP; returns the seconds that saving took."""
+    run = prepare(find_start(config))
+    record_start(run)
+    for parameter in run.model.parameters():
+        parameter.grad = parameter.detach().clone()
+    for optimizer in run.optimizers:
+        optimizer.step()  # creates the optimizer's state
+    run.progress.step = run.progress.scored = STEP
+    run.progress.scores = {"val_loss": 9.0}
+    began = time.monotonic()
+    training.save(run, scheduled=True)
+    run.saver.wait()
+    seconds = time.monotonic() - began
+    run.metrics.close()
+    return seconds
+
+
+def time_loading(config: RunConfig, folder: Path) -> float:
+    """Return the seconds to verify and load weights and optimizer state, and nothing else."""
     began = time.monotonic()
     checkpoint.verify_state(folder)
     model = huggingface.load_weights(folder, config)
-    optim.load_state_tensors(model, optim.build_optimizers(model, config), checkpoint.read_optimizer(folder))
+    optimizers = optim.build_optimizers(model, config)
+    optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(folder))
     return time.monotonic() - began
 
 
-def going_on(config: RunConfig) -> float:
-    """Seconds from calling train() to the first step's gradients, its batch drawn."""
+def time_resuming(config: RunConfig) -> float:
+    """Return the seconds from calling train() to its first step, the batch included."""
     began = time.monotonic()
     try:
         list(training.train(config))

@@ -1,9 +1,9 @@
-"""What watching a run costs: a run of 10,000 steps in a real Jupyter kernel, its live chart drawn as JupyterLab asks for it.
+"""Time watching a run: 10,000 steps in a real Jupyter kernel, with the chart that JupyterLab gets.
 
     python benchmarks/watch.py [--steps N] [--width C]
 
-Prints the share of the run's time that reading the records, drawing and sending took, live and headless. The browser's own
-work is not counted.
+Prints the fraction of the run's time spent on reading the records, drawing and sending, both in
+JupyterLab and headless. The browser's own work is not included.
 """
 
 import argparse
@@ -15,44 +15,42 @@ from lmlib.files import PROJECT_ROOT
 
 CODE = """
 import time, lmlib
-from lmlib import widgets
+from lmlib.notebook import live
 
-spent = [0.0, 0]
-def timed(call):
-    def draw(*arguments):
+spent = {{"training": 0.0}}
+def timed(records):
+    while True:
         began = time.perf_counter()
-        call(*arguments)
-        spent[0] += time.perf_counter() - began
-        spent[1] += 1
-    return draw
-chart = widgets._LiveChart if {live} else widgets._StillChart
-read = widgets.read_runs
-def timed_read(folder):
-    began = time.perf_counter()
-    frame = read(folder)
-    spent[0] += time.perf_counter() - began
-    return frame
-widgets.read_runs, chart.draw = timed_read, timed(chart.draw)
-config = lmlib.RunConfig.load({recipe!r}, output_dir={folder!r}, run_name="watched", total_steps={steps}, eval_every=100,
+        record = next(records, None)
+        spent["training"] += time.perf_counter() - began
+        if record is None:  # what follows is the chart that stays, drawn once
+            spent["all"] = time.perf_counter() - start
+            return
+        yield record
+
+config = lmlib.RunConfig.load(
+    {recipe!r}, output_dir={folder!r}, run_name="watched", total_steps={steps}, eval_every=100,
     checkpoint_every={steps}, log_every=10, hidden_size={width})
-began = time.perf_counter()
-for record in widgets.watch(lmlib.train(config), config.run_dir):
+start = time.perf_counter()
+for record in live.watch(timed(lmlib.train(config)), config.run_dir):
     pass
-total = time.perf_counter() - began
-each = spent[0] / max(1, spent[1])
-print(f"RESULT {{spent[0] / total:.2%}} of {{total:.0f}} s: {{spent[1]}} drawings, {{each * 1000:.0f}} ms each")
+seconds = spent["all"] - spent["training"]
+print(f"RESULT {{seconds / spent['all']:.2%}}, {{seconds:.1f}} of {{spent['all']:.0f}} s")
 """
 
 
-def measure(live: bool, steps: int, width: int, folder: str) -> str:
-    """The line that a kernel prints; JupyterLab's cell number in the message makes it draw live."""
-    code = CODE.format(live=live, recipe=str(PROJECT_ROOT / "params" / "smoke.yaml"), folder=folder, steps=steps, width=width)
+def measure(is_live: bool, steps: int, width: int, folder: str) -> str:
+    """Run CODE in a kernel and return the line that it prints.
+
+    With JupyterLab's cell id in the message, lmlib draws its live chart.
+    """
+    recipe = str(PROJECT_ROOT / "params" / "smoke.yaml")
+    code = CODE.format(is_live=is_live, recipe=recipe, folder=folder, steps=steps, width=width)
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        message = client.session.msg(
-            "execute_request", {"code": code, "silent": False, "store_history": False, "allow_stdin": False}
-        )
-        message["metadata"] = {"cellId": "1"} if live else {}
+        content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False}
+        message = client.session.msg("execute_request", content)
+        message["metadata"] = {"cellId": "1"} if is_live else {}
         client.shell_channel.send(message)
         while True:
             reply = client.get_iopub_msg(timeout=900)
@@ -66,13 +64,16 @@ def measure(live: bool, steps: int, width: int, folder: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=32, help="hidden_size: how long a step takes")
     options = parser.parse_args()
-    for live in (True, False):
+    for is_live in (True, False):
         with tempfile.TemporaryDirectory() as folder:
-            print(f"{'live' if live else 'headless'}: {measure(live, options.steps, options.width, folder)}", flush=True)
+            line = measure(is_live, options.steps, options.width, folder)
+            print(f"{'live' if is_live else 'headless'}: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""Renew the outputs that the committed notebooks show: `make notebooks`, after `make train`.
+"""Update the outputs in the committed notebooks: `make notebooks`, after `make train`.
 
-train.ipynb takes those of outputs/quickstart/train.ipynb; curves and generate are run on that run, audit on it and on
-outputs/exp9_seed_small (`python -m lmlib sweep params/exp9_seed_small/*.yaml`), and compare on outputs/exp8_small
-(`python -m lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2`). Names on the command line choose among them:
-`python docs/publish_notebooks.py train audit`. What papermill adds (injected cells, times, paths of this machine) is left out.
+    python docs/publish_notebooks.py [train curves generate compare audit]
+
+train.ipynb gets the outputs of outputs/quickstart/train.ipynb. The others are executed here:
+
+- curves and generate on the quickstart run;
+- audit on it and on outputs/exp9_seed_small:
+  `lmlib sweep params/exp9_seed_small/*.yaml`
+- compare on outputs/exp8_small:
+  `lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2`
+
+What papermill adds (injected cells, times, absolute paths) is removed.
 """
 
 import sys
@@ -23,23 +30,36 @@ def main():
         publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
     with tempfile.TemporaryDirectory() as folder:
         for name in (f"{stem}.ipynb" for stem in chosen if stem != "train"):
-            papermill.execute_notebook(notebooks / name, Path(folder, name), progress_bar=False, cwd=str(PROJECT_ROOT))
-            publish(Path(folder, name), notebooks / name)
+            executed = Path(folder, name)
+            papermill.execute_notebook(
+                notebooks / name, executed, progress_bar=False, cwd=str(PROJECT_ROOT)
+            )
+            publish(executed, notebooks / name)
 
 
 def publish(executed: Path, committed: Path):
-    """Put the outputs of one notebook's code cells under those of the other, whose sources must be the same."""
-    ran, book = (nbformat.read(path, 4) for path in (executed, committed))
-    cells = [c for c in ran.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
-    own = [c for c in book.cells if c.cell_type == "code"]
-    for number, (cell, source) in enumerate(zip(own, cells, strict=True), 1):
+    """Copy the outputs of an executed notebook into the committed one, whose code must be equal."""
+    book, copy = (nbformat.read(path, 4) for path in (committed, executed))
+    pairs = zip(code_cells(book), code_cells(copy), strict=True)
+    for number, (cell, source) in enumerate(pairs, 1):
         if cell.source != source.source:
-            raise SystemExit(f"{executed} ran another version of {committed.name}; run it again first.")
-        cell.execution_count, cell.outputs = number, [_cleaned(output, number) for output in source.outputs]
+            raise SystemExit(
+                f"{executed} was executed from another version of {committed.name}, so its outputs "
+                "do not belong to this one. Execute the notebook again."
+            )
+        cell.outputs = [clean(output, number) for output in source.outputs]
+        cell.execution_count = number
     nbformat.write(book, committed)
 
 
-def _cleaned(output: nbformat.NotebookNode, number: int) -> nbformat.NotebookNode:
+def code_cells(book: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the code cells without those that papermill injected."""
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+def clean(output: nbformat.NotebookNode, number: int) -> nbformat.NotebookNode:
+    """Remove an output's metadata and absolute paths, and number it as its cell."""
     output.get("metadata", {}).clear()
     if "execution_count" in output:
         output.execution_count = number

@@ -1,9 +1,8 @@
 """Checkpoints on disk: write, verify, choose, read.
 
-A checkpoint is a Hugging Face model folder. checkpoint.json beside the model's files is its
-manifest: the size and SHA-256 of every file, written last. training_state/ holds what resuming
-needs, with a manifest of its own (state.json). Tensors are safetensors and the rest is JSON, so
-nothing is ever unpickled.
+A checkpoint is a Hugging Face model folder. Its manifest, checkpoint.json, has the size and SHA-256
+of every file and is written last. training_state/ holds what resuming needs, with a manifest of its
+own (state.json). Tensors are safetensors and the rest is JSON, so nothing is ever unpickled.
 """
 
 import hashlib
@@ -29,34 +28,33 @@ from lmlib.model import huggingface
 from lmlib.model.huggingface import CheckpointError
 from lmlib.model.transformer import LanguageModel
 
+Tensors = dict[str, Tensor]
+
 FORMAT = 1
 STATES_KEPT = 2  # the newest checkpoints keep their training state: twice as large as the weights
+STEP_FOLDER = re.compile(r"checkpoint_step_(\d+)")
 
 
-# ---------------------------------------------------------------------------------------------
-# Write
-
+# ---- Write ----
 
 class Saver:
     """Save checkpoints one at a time; on CUDA in the background, from a copy on the device.
 
     A background save that failed raises its error at the next call of any method.
     """
-
     def __init__(self, background: bool):
         self.pool = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
 
-    def save(self, run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor],
-             **rest: Any):
+    def save(self, run_dir: Path, weights: Tensors, optimizer: Tensors, **rest: Any):
         """Call `save_checkpoint`; returns once the tensors may change again."""
         self.wait()
         if self.pool is None:
             save_checkpoint(run_dir, weights, optimizer, **rest)
-            return
-        copies = ({name: tensor.clone() for name, tensor in tensors.items()}
-                  for tensors in (weights, optimizer))
-        self.pending = self.pool.submit(save_checkpoint, run_dir, *copies, **rest)
+        else:
+            copies = ({name: tensor.clone() for name, tensor in tensors.items()}
+                      for tensors in (weights, optimizer))
+            self.pending = self.pool.submit(save_checkpoint, run_dir, *copies, **rest)
 
     def check(self):
         """Raise the error of a background save that has failed."""
@@ -70,22 +68,19 @@ class Saver:
             pending.result()
 
 
-def save_checkpoint(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], *,
-                    config: RunConfig, tokenizer: Any, state: dict[str, Any], scheduled: bool,
-                    leaks: str = "") -> Path:
+def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, config: RunConfig,
+                    tokenizer: Any, state: dict[str, Any], scheduled: bool, leaks: str = ""):
     """Write checkpoints/checkpoint_step_<step>, all of it or nothing, and prune old ones.
 
     Everything is written and flushed to a draft folder, which is renamed into place at the end.
 
     Args:
-        weights: from `huggingface.model_tensors`.
-        optimizer: from `optim.state_tensors`.
-        state: the fields of `training.Progress`, for state.json.
+        weights, optimizer: from `huggingface.model_tensors` and `optim.state_tensors`.
+        state: the fields of `run.prepare.Progress`, for state.json.
         scheduled: False for a checkpoint made on interruption, which a later one replaces.
         leaks: the failed checks that `allow_leaks` let pass; they mark every file people read.
 
-    Raises:
-        CheckpointError: a weight is not finite, or the disk refuses. Older checkpoints are intact.
+    Raises a CheckpointError if a weight is not finite or the disk refuses; older ones are intact.
     """
     step, parent = state["step"], run_dir / "checkpoints"
     final, draft = parent / f"checkpoint_step_{step}", parent / f".draft_step_{step}"
@@ -108,7 +103,7 @@ def save_checkpoint(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[s
         sync_folder(draft)
         if final.exists():  # corrupted: the run resumed from an earlier one
             shutil.rmtree(final)
-        draft.rename(final)
+        draft.rename(final)  # atomic: a kill leaves a whole checkpoint or none
         sync_folder(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -116,10 +111,9 @@ def save_checkpoint(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[s
             f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some "
             "space or choose another output_dir; the earlier checkpoints are intact.") from error
     prune(run_dir)
-    return final
 
 
-def _write_model(folder: Path, weights: dict[str, Tensor], config: RunConfig, tokenizer: Any,
+def _write_model(folder: Path, weights: Tensors, config: RunConfig, tokenizer: Any,
                  state: dict[str, Any], scheduled: bool, leaks: str) -> dict[str, Any]:
     """Write the Hugging Face folder and its manifest, which is returned."""
     step, val_loss, val_loss_step = state["step"], state["scores"]["val_loss"], state["scored"]
@@ -129,10 +123,10 @@ def _write_model(folder: Path, weights: dict[str, Tensor], config: RunConfig, to
         setattr(stock, LEAKY, leaks)
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    special = {name: getattr(tokenizer, name)
-               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
     write_json(folder / "generation_config.json",
-               {name: value for name, value in special.items() if value is not None})
+               {name: token for name, token in special.items() if token is not None})
     manifest = write_manifest(folder, "checkpoint.json", {
         "run": config.key(), "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
         **({LEAKY: leaks} if leaks else {}), "timestamp": utc_now(), "scheduled": scheduled})
@@ -147,7 +141,7 @@ def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str
     files = {}
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+            os.fsync(handle.fileno())  # a manifest must not outlive its files in a power cut
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     manifest = {"format": FORMAT, **content, "files": files}
     manifest["digest"] = _digest(manifest)
@@ -166,28 +160,26 @@ def check_space(folder: Path, needed: int):
 
 def prune(run_dir: Path):
     """Delete drafts, superseded checkpoints of interruptions, and all but the newest states."""
-    parent, steps = run_dir / "checkpoints", checkpoint_steps(run_dir)
+    parent = run_dir / "checkpoints"
     for leftover in parent.glob(".*_step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for step in steps[:-1]:
+    for step in checkpoint_steps(run_dir)[:-1]:
         folder = parent / f"checkpoint_step_{step}"
         if read_mapping(folder / "checkpoint.json").get("scheduled") is False:
-            _remove(folder, step)
+            _remove(folder, parent / f".deleted_step_{step}")
     for step in checkpoint_steps(run_dir)[:-STATES_KEPT]:
-        _remove(parent / f"checkpoint_step_{step}" / "training_state", step)
+        state = parent / f"checkpoint_step_{step}" / "training_state"
+        if state.exists():
+            _remove(state, parent / f".deleted_step_{step}")
 
 
-def _remove(folder: Path, step: int):
-    """Delete a folder after renaming it, so that nobody finds it half-deleted."""
-    if folder.exists():
-        parent = next(path for path in folder.parents if path.name == "checkpoints")
-        doomed = parent / f".deleted_step_{step}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+def _remove(folder: Path, doomed: Path):
+    """Delete a folder after renaming it to `doomed`, so that nobody finds it half-deleted."""
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -195,26 +187,18 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
-# Verify and choose
-
+# ---- Verify and choose ----
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Return the steps of a run's checkpoints, corrupted ones too, in ascending order."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("checkpoint_*")]
-    return sorted(step for step in map(_step_of, names) if step is not None)
-
-
-def _step_of(name: str) -> int | None:
-    match = re.fullmatch(r"checkpoint_step_(\d+)", name)
-    return int(match[1]) if match else None
+    names = (path.name for path in (run_dir / "checkpoints").glob("checkpoint_*"))
+    return sorted(int(match[1]) for match in map(STEP_FOLDER.fullmatch, names) if match)
 
 
 def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
     """Return the manifest of `folder` if every file has the size and SHA-256 that it lists.
 
-    Raises:
-        CheckpointError: says which file is wrong.
+    Raises a CheckpointError that names the file otherwise.
     """
     try:
         manifest = json.loads((folder / name).read_bytes())
@@ -224,7 +208,7 @@ def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
             raise CheckpointError(f"{folder} has format {manifest['format']}; this version of "
                                   f"lmlib reads format {FORMAT}.")
         for file, expected in manifest["files"].items():
-            path = folder / Path(file).name
+            path = folder / Path(file).name  # a manifest cannot point out of its folder
             if not path.is_file():
                 raise CheckpointError(f"{folder} is corrupted: {file} is missing.")
             if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
@@ -234,9 +218,9 @@ def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is incomplete: {name} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = type(error).__name__
-        raise CheckpointError(f"{folder} is corrupted: {name} cannot be read ({reason}).") from None
-    if _step_of(folder.name) not in (None, manifest.get("step")):
+        raise CheckpointError(f"{folder} is corrupted: {name} cannot be read "
+                              f"({type(error).__name__}).") from None
+    if (match := STEP_FOLDER.fullmatch(folder.name)) and int(match[1]) != manifest.get("step"):
         raise CheckpointError(f"{folder} is misnamed: it contains step {manifest.get('step')}.")
     return manifest
 
@@ -253,40 +237,35 @@ def verify_state(folder: Path) -> dict[str, Any]:
 def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None) -> Path | None:
     """Return the newest checkpoint that verifies and belongs to this run; None if there are none.
 
-    Each one passed over is warned of.
+    Warns of each one passed over; raises a CheckpointError if none is usable.
 
     Args:
         with_state: it must have a training state that verifies too.
         run: the run's `RunConfig.key()`; None takes that of the config.json in its folder.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is usable.
     """
-    failures, run = [], run or _recorded_key(run_dir)
+    failures = []
     for step in reversed(checkpoint_steps(run_dir)):
         folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
             _verify_of_run(folder, run, verify_state if with_state else verify)
         except CheckpointError as error:
             failures.append(str(error))
-            continue
-        for failure in failures:
-            warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
-        return folder
+        else:
+            for failure in failures:
+                warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
+            return folder
     if failures:
-        raise CheckpointError(
-            "No checkpoint is usable:\n" + "\n".join(f"  - {failure}" for failure in failures)
-            + "\nRestore a copy of one of these folders, or start a run with another run_name.")
+        lines = "\n  - ".join(["No checkpoint is usable:", *failures])
+        raise CheckpointError(f"{lines}\nRestore a copy of one of these folders, or start a run "
+                              "with another run_name.")
     return None
 
 
-def _recorded_key(run_dir: Path) -> str | None:
-    config = RunConfig.recorded(run_dir)
-    return config and config.key()
-
-
-def _verify_of_run(folder: Path, run: str | None, check: Callable[[Path], dict[str, Any]]):
+def _verify_of_run(folder: Path, run: str | None = None, check: Callable = verify):
+    """Verify a checkpoint, and that it belongs to its folder's run, whose key `run` may give."""
     manifest = check(folder)
+    if run is None and (recorded := RunConfig.recorded(folder.parent.parent)):
+        run = recorded.key()
     if run is not None and manifest.get("run", run) != run:
         raise CheckpointError(f"{folder} belongs to another run than the folder it is in.")
 
@@ -294,12 +273,8 @@ def _verify_of_run(folder: Path, run: str | None, check: Callable[[Path], dict[s
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     """Return the model folder that `path` names: itself, or a checkpoint of that run.
 
-    Args:
-        step: which checkpoint of the run; None takes the newest that verifies.
-
-    Raises:
-        CheckpointError: there is none, the step is unknown (the others are listed), or it is
-            corrupted.
+    Without a `step` that is the newest that verifies. Raises a CheckpointError if there is none, it
+    is corrupted, or the step is unknown (those of the run are listed).
     """
     folder = resolve_path(path)
     if not folder.exists():
@@ -313,33 +288,27 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
         return folder
     if not (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
-    steps = checkpoint_steps(folder)
     if step is None:
-        if not steps:
-            raise CheckpointError(f"{path} has no checkpoint yet.")
-        return newest_good(folder)
-    if step not in steps:
+        if newest := newest_good(folder):
+            return newest
+        raise CheckpointError(f"{path} has no checkpoint yet.")
+    if step not in (steps := checkpoint_steps(folder)):
         known = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"{path} has no checkpoint of step {step}; it has: {known}.")
     found = folder / "checkpoints" / f"checkpoint_step_{step}"
-    _verify_of_run(found, _recorded_key(folder), verify)
+    _verify_of_run(found)
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# Read
-
+# ---- Read ----
 
 def load(path: str | Path, step: int | None = None,
          device: str = "cpu") -> tuple[LanguageModel, Any]:
     """Load a model, in float32 and evaluation mode, and its tokenizer.
 
-    Args:
-        path: a run's folder, a checkpoint, or a Hugging Face folder of a class that lmlib reads.
-        step: which checkpoint of the run; None takes the newest that verifies.
-
-    Raises:
-        CheckpointError: nothing usable is there, or the model has settings that lmlib lacks.
+    `path` is a run's folder (without a `step`: its newest checkpoint that verifies), a checkpoint,
+    or a Hugging Face folder of a class that lmlib reads. Raises a CheckpointError if nothing usable
+    is there or the model has settings that lmlib lacks.
     """
     folder = find_checkpoint(path, step)
     model = huggingface.load_weights(folder, huggingface.read_config(folder))
@@ -351,6 +320,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "training_state" / "state.json").read_bytes())
 
 
-def read_optimizer(folder: Path) -> dict[str, Tensor]:
+def read_optimizer(folder: Path) -> Tensors:
     """Return the optimizer tensors of a verified checkpoint."""
     return load_file(folder / "training_state" / "optimizer.safetensors")

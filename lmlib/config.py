@@ -30,14 +30,10 @@ MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "dev
 
 @dataclass(frozen=True, init=False)
 class RunConfig:
-    """All parameters of one run.
+    """All parameters of one run: `RunConfig(total_steps=20)` keeps the defaults of the others.
 
-    `RunConfig(total_steps=20)` takes any of the names below; the rest keep their defaults.
-
-    Raises:
-        ValueError: lists every mistake at once (unknown names, wrong types, contradictions).
+    Raises one ValueError that lists every mistake: unknown names, wrong types, contradictions.
     """
-
     # fmt: off
     # The run
     run_name: str = "quickstart"      # the run's folder is output_dir/run_name
@@ -105,26 +101,20 @@ class RunConfig:
     allow_leaks: bool = False         # train even if the audit finds a leak, and mark all results
     # fmt: on
 
-    def __init__(self, **parameters: Any):
-        hints, mistakes = get_type_hints(type(self)), []
-        for name in parameters.keys() - hints.keys():
-            mistakes.append(unknown_name(name, hints))
+    def __init__(self, /, **parameters: Any):
+        hints = get_type_hints(type(self))
+        mistakes = [unknown_name(name, hints) for name in parameters.keys() - hints.keys()]
         for f in fields(self):
             value, problem = coerce(f.name, parameters.get(f.name, f.default), hints[f.name])
             object.__setattr__(self, f.name, value)
             mistakes += [problem] if problem else []
         mistakes = mistakes or _contradictions(self)  # these need every type to be right
         if mistakes:
-            lines = "\n".join(f"  - {mistake}" for mistake in sorted(mistakes))
-            raise ValueError(f"Invalid parameters:\n{lines}")
+            raise ValueError("\n  - ".join(("Invalid parameters:", *sorted(mistakes))))
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> "RunConfig":
-        """Read a recipe from a YAML (or config.json) file, with overrides.
-
-        Raises:
-            ValueError: the file is missing or not a flat mapping, or a parameter is invalid.
-        """
+        """Read a recipe (YAML or config.json), with overrides; ValueError if it is invalid."""
         return cls(**{**(read_parameters(path) if path else {}), **overrides})
 
     @classmethod
@@ -148,8 +138,6 @@ class RunConfig:
         """Name the parameters that decide the model's weights and arithmetic."""
         of_kind = MLA_ONLY if self.attention == "mla" else ()
         return [*MODEL, *of_kind, *(MOE_ONLY if self.feed_forward == "moe" else MLP_ONLY)]
-
-    # What identifies a run
 
     def fixed_parameters(self) -> dict[str, Any]:
         """Return what a run keeps for its whole life: all that it uses and that may not change."""

@@ -1,11 +1,9 @@
-"""Score a model on held-out text.
-
-Shapes: B batch, T positions, W windows, V vocab_size.
-"""
+"""Score a model on windows of text. Shapes: B batch, T positions, W windows, V vocab_size."""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmlib.model.transformer import LanguageModel
@@ -14,30 +12,22 @@ from lmlib.model.transformer import LanguageModel
 @torch.no_grad()
 def token_scores(model: LanguageModel, ids: Tensor, targets: Tensor,
                  rows: int = 1024) -> tuple[Tensor, Tensor]:
-    """Return the loss in nats and whether the top-1 prediction is correct: (B, T) -> two (B, T).
-
-    The head runs over `rows` positions at a time, so that the logits of a large vocabulary never
-    fill the memory.
-    """
-    hidden, flat = model.model(ids).flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+    """Return the loss in nats and whether the top-1 prediction is correct: (B, T) -> two (B, T)."""
     losses, correct = [], []
-    for start in range(0, len(flat), rows):
-        target = flat[start : start + rows]
-        logits = model.lm_head(hidden[start : start + rows]).float()  # (rows, V)
-        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    hidden = model.model(ids).flatten(0, 1)  # (B T, C)
+    # In chunks of `rows` positions, so that the logits of a large vocabulary fit the memory.
+    for chunk, target in zip(hidden.split(rows), targets.flatten().split(rows), strict=True):
+        logits = model.lm_head(chunk).float()  # (rows, V)
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
         correct.append(logits.argmax(-1) == target)
     return torch.cat(losses).view_as(targets), torch.cat(correct).view_as(targets)
 
 
 def score_windows(model: LanguageModel, windows: Tensor, batch_size: int,
                   dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Apply `token_scores` to windows (W, T + 1) in evaluation mode.
+    """Apply `token_scores` to windows (W, T + 1) in evaluation mode; bfloat16: under autocast.
 
-    Args:
-        dtype: bfloat16 runs the model under autocast.
-
-    Returns:
-        Losses (float64) and correctness (bool), both (W, T), on the CPU.
+    Returns losses (float64) and correctness (bool), both (W, T), on the CPU.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -55,38 +45,26 @@ def summarize(losses: Tensor, correct: Tensor, targets: Tensor,
               token_bytes: Tensor) -> dict[str, float | None]:
     """Summarize the scores of windows, all (W, T), for the records and results.json.
 
-    Args:
-        losses: nats.
-        token_bytes: UTF-8 bytes of each token's text, 0 for separators: (V,).
-
-    Returns:
-        val_loss (mean nats per token), val_loss_stderr (over windows; None for one window),
-        val_accuracy (top-1, all positions), val_perplexity (exp of val_loss), val_bits_per_byte
-        (summed nats / ln 2 / bytes of the predicted text).
+    `losses` are in nats. `token_bytes` (V,) holds the UTF-8 bytes of each token, 0 for separators.
     """
-    of_window = losses.mean(1)
+    of_window, total_bytes = losses.mean(1), max(1, int(token_bytes[targets].sum()))
     loss, count = float(of_window.mean()), len(of_window)
     return {
-        "val_loss": loss,
-        "val_loss_stderr": float(of_window.std() / count**0.5) if count > 1 else None,
-        "val_accuracy": float(correct.double().mean()),
+        "val_loss": loss,  # mean nats per token
+        "val_loss_stderr": float(of_window.std() / count**0.5) if count > 1 else None,  # of windows
+        "val_accuracy": float(correct.double().mean()),  # top-1, all positions
         "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "val_bits_per_byte":
-            loss * targets.numel() / math.log(2) / max(1, int(token_bytes[targets].sum())),
-    }
+        "val_bits_per_byte": loss * targets.numel() / math.log(2) / total_bytes}
 
 
 def evaluate(model: LanguageModel, windows: Tensor, token_bytes: Tensor, batch_size: int,
              dtype: torch.dtype = torch.float32) -> dict[str, float | None]:
     """Score a model on windows (W, T + 1): `score_windows`, then `summarize`."""
-    scores = score_windows(model, windows, batch_size, dtype)
-    return summarize(*scores, windows[:, 1:], token_bytes)
+    return summarize(*score_windows(model, windows, batch_size, dtype), windows[:, 1:], token_bytes)
 
 
 def scores_by_position(losses: Tensor, correct: Tensor) -> dict[str, list[float]]:
     """Return mean loss (nats) and accuracy at each position of a window, from (W, T) each."""
-    return {
-        "val_loss_by_position": [round(value, 4) for value in losses.mean(0).tolist()],
-        "val_accuracy_by_position":
-            [round(value, 4) for value in correct.double().mean(0).tolist()],
-    }
+    means = {"loss": losses.mean(0).tolist(), "accuracy": correct.double().mean(0).tolist()}
+    return {f"val_{name}_by_position": [round(value, 4) for value in values]
+            for name, values in means.items()}

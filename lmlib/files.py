@@ -14,10 +14,8 @@ PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Pa
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Return `path` if it exists, else take it from the project's root.
-
-    Kernels start in notebooks/ and users anywhere, yet "outputs/quickstart" must mean one folder.
-    """
+    """Return `path` if it exists, else take it from the project's root."""
+    # Kernels start in notebooks/ and users anywhere, yet "outputs/quickstart" must mean one folder.
     path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else PROJECT_ROOT / path
 
@@ -44,11 +42,7 @@ def write_json(path: Path, content: Any):
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is none.
-
-    Raises:
-        ValueError: the file exists and cannot be read.
-    """
+    """Return the content of a JSON file, None if there is none; ValueError if it is corrupted."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):

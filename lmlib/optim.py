@@ -13,23 +13,18 @@ FINAL_LR_FRACTION = 0.1  # of the peak learning rate, at the end of the cosine
 
 
 def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
-    """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak.
-
-    It rises linearly over the warmup and falls along a cosine to `FINAL_LR_FRACTION`.
-    """
+    """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak."""
     warmup = round(warmup_ratio * total_steps)
     if step <= warmup:
         return step / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)  # along the cosine
     return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (E, rows, columns).
-
-    Five quintic Newton-Schulz steps bring every singular value to between 0.7 and 1.2. The
-    coefficients are from Keller Jordan's "Muon" (2024): fast near zero rather than exact near one.
-    """
+    """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (E, rows, columns)."""
+    # Five quintic Newton-Schulz steps bring every singular value to between 0.7 and 1.2. The
+    # coefficients are Keller Jordan's ("Muon", 2024): fast near zero rather than exact near one.
     a, b, c = 3.4445, -4.7750, 2.0315
     multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm
     wide = matrix.shape[-2] <= matrix.shape[-1]  # the Gram matrix of the shorter side is smaller
@@ -43,10 +38,8 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Muon(Optimizer):
     """Nesterov momentum with orthogonalized updates (Keller Jordan, 2024), decoupled decay."""
-
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0,
-                 momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self):
@@ -68,19 +61,15 @@ class Muon(Optimizer):
 
 def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
     """Return the optimizers of a run, each of whose groups knows its `peak_lr`."""
-    matrices, tables, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            vectors.append(parameter)  # norms and biases
-        else:  # inside a layer, or the embedding and an untied head
-            (matrices if "layers." in name else tables).append(parameter)
-
-    muon = config.optimizer == "muon"
+    named, muon = list(model.named_parameters()), config.optimizer == "muon"
+    vectors = [p for _, p in named if p.dim() < 2]  # norms and biases
+    matrices = [p for name, p in named if p.dim() >= 2 and "layers." in name]
+    tables = [p for name, p in named if p.dim() >= 2 and "layers." not in name]  # embedding, head
     # Norms and biases do not decay: a norm's scale belongs near 1, not near 0.
-    groups = [{"params": tables if muon else matrices + tables},
+    decayed = tables if muon else matrices + tables
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95),
-                                    weight_decay=config.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=True)]
     if muon:
         optimizers.insert(0, Muon(matrices, config.muon_learning_rate, config.weight_decay))
     for group in _groups(optimizers):
@@ -97,29 +86,25 @@ def set_learning_rates(optimizers: list[Optimizer], fraction: float):
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Return all optimizer state as named tensors: "<parameter>/<quantity>"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[parameter]}/{quantity}": tensor
-            for optimizer in optimizers
-            for parameter, state in optimizer.state.items()
-            for quantity, tensor in state.items()}
+    return {f"{names[parameter]}/{quantity}": tensor for optimizer in optimizers
+            for parameter, state in optimizer.state.items() for quantity, tensor in state.items()}
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
     """Restore what `state_tensors` returned."""
     parameters = dict(model.named_parameters())
-    state = {parameter: optimizer.state for optimizer in optimizers
-             for group in optimizer.param_groups for parameter in group["params"]}
+    states = {parameter: optimizer.state[parameter] for optimizer in optimizers
+              for group in optimizer.param_groups for parameter in group["params"]}
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
-        parameter = parameters[name]
         # Fused AdamW wants even its step counter on the parameter's device.
-        state[parameter][parameter][quantity] = tensor.to(parameter.device)
+        states[parameters[name]][quantity] = tensor.to(parameters[name].device)
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
     """Count the bytes of state: one tensor per parameter for Muon, two for AdamW."""
-    tensors = {optimizer: 1 if isinstance(optimizer, Muon) else 2 for optimizer in optimizers}
-    return sum(parameter.nbytes * count for optimizer, count in tensors.items()
-               for group in optimizer.param_groups for parameter in group["params"])
+    return sum(p.nbytes * (1 if isinstance(optimizer, Muon) else 2) for optimizer in optimizers
+               for group in optimizer.param_groups for p in group["params"])
 
 
 def _groups(optimizers: list[Optimizer]) -> list[dict]:

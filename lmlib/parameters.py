@@ -1,5 +1,6 @@
 """Read parameter files and command-line values, and coerce them to their types."""
 
+import contextlib
 import difflib
 import math
 import types
@@ -15,7 +16,6 @@ from lmlib.leaks import LEAKY
 
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice instead of keeping the last."""
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
@@ -26,8 +26,7 @@ class _StrictLoader(yaml.SafeLoader):
 def read_parameters(path: str | Path) -> dict[str, Any]:
     """Read a parameter file: a flat mapping of identifiers to text, numbers, true, false or null.
 
-    Raises:
-        ValueError: no such file, not YAML, not a flat mapping, or a key or value could carry code.
+    Raises ValueError for a file that is missing, not a flat YAML mapping, or could carry code.
     """
     file = resolve_path(path)
     if not file.is_file():
@@ -46,22 +45,19 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
 
 
 def check_plain(parameters: dict, source: str) -> dict[str, Any]:
-    """Return `parameters` if keys are identifiers and values plain.
-
-    papermill turns them into lines of Python, so anything else could run as code.
-    """
+    """Return `parameters` if keys are identifiers and values plain, else raise ValueError."""
+    # papermill turns them into lines of Python, so anything else could run as code.
     mistakes = []
     for key, value in parameters.items():
         if not (isinstance(key, str) and key.isascii() and key.isidentifier()):
             mistakes.append(f"{key!r} is not a valid parameter name")
         elif type(value) not in (str, int, float, bool, types.NoneType):
-            mistakes.append(f"{key} is a {type(value).__name__}; write text, a number, true, "
-                            "false or null")
+            kind = type(value).__name__
+            mistakes.append(f"{key} is a {kind}; write text, a number, true, false or null")
         elif isinstance(value, str) and not value.isprintable():
             mistakes.append(f"{key} contains control characters or line breaks")
     if mistakes:
-        lines = "\n".join(f"  - {mistake}" for mistake in mistakes)
-        raise ValueError(f"{source} cannot be used:\n{lines}")
+        raise ValueError("\n  - ".join((f"{source} cannot be used:", *mistakes)))
     return parameters
 
 
@@ -86,34 +82,28 @@ def unknown_name(name: str, known: Iterable[str], what: str = "parameter") -> st
 
 
 def coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
-    """Return (value as `hint`, None), or (value, what is wrong with it).
-
-    YAML reads 3e-4 as text, so text that spells a number becomes one.
-    """
+    """Return (value as `hint`, None), or (value, what is wrong with it)."""
     if get_origin(hint) is Literal:
         choices = ", ".join(map(repr, get_args(hint)))
         problem = None if value in get_args(hint) else f"{name} is {value!r}; choose from {choices}"
         return value, problem
     optional = types.NoneType in get_args(hint)
     wanted = get_args(hint)[0] if optional else hint
-    if value is None and optional:
-        return value, None
     if wanted is str and isinstance(value, Path):
         return str(value), None
     if wanted is float and type(value) is float and not math.isfinite(value):
         return value, f"{name} is {value}; write a finite number"
     if wanted is str and type(value) is str and (not value or not value.isprintable()):
         return value, f"{name} is {value!r}; write text on one line"
-    if type(value) is wanted:
+    if type(value) is wanted or (value is None and optional):
         return value, None
+    # YAML reads 3e-4 as text, so text that spells a number becomes one.
     is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
     if wanted in (int, float) and is_number:
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
             if math.isfinite(number) and (wanted is float or number == int(number)):
                 return wanted(number), None
-        except (ValueError, OverflowError):
-            pass
-    words = {int: "an integer", float: "a number", str: "text",
+    kinds = {int: "an integer", float: "a number", str: "text",
              bool: "true or false (True or False in Python)"}
-    return value, f"{name} is {value!r}; write {words[wanted]}{' or null' if optional else ''}"
+    return value, f"{name} is {value!r}; write {kinds[wanted]}{' or null' if optional else ''}"

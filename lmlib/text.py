@@ -7,12 +7,9 @@ _DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(text: str) -> str:
-    """Make untrusted text safe for a terminal.
-
-    Characters that would act on it (control characters, escape sequences, lone surrogates,
-    direction marks) are shown as \\x and their number; newlines and tabs are kept.
+    """Make untrusted text safe for a terminal: show characters that would act on it (controls,
+    escapes, lone surrogates, direction marks) as \\x and their number; keep newlines and tabs.
     """
-
     def acts(c: str) -> bool:
         return c not in "\n\t" and (unicodedata.category(c) in _CONTROL or c in _DIRECTION)
 

@@ -6,6 +6,7 @@ it needs derives from (seed, N), so a resumed run repeats the uninterrupted one 
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from lmlib.config import RunConfig
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import complete, generate_ids
-from lmlib.leaks import LEAKY
 from lmlib.model.huggingface import model_tensors
 from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
@@ -67,25 +67,22 @@ def train(config: RunConfig) -> Iterator[Record]:
                                  "same command again.")
             run = prepare(start, store)
             record_start(run)
-            try:
-                yield from training_steps(run, stop_reason)
-            finally:
+            with closing(run.metrics):
                 try:
-                    run.saver.wait()
+                    yield from training_steps(run, stop_reason)
                 finally:
-                    run.metrics.close()
+                    run.saver.wait()
 
 
 def training_steps(run: Run, stop_reason: Callable[[], str]) -> Iterator[Record]:
     """Make every update that is left: evaluate, save and stop where due."""
-    config, progress = run.config, run.progress
-    last = config.total_steps
+    config, progress, last = run.config, run.progress, run.config.total_steps
     if not run.start.resumes:
         yield from evaluate(run)
         yield emit(run, "audit", run.audit)
     for step in range(progress.step + 1, last + 1):
         lr_factor = optim.schedule(step, last, config.warmup_ratio)
-        run.saver.check()
+        run.saver.check()  # a failed save stops the run here, not at the next checkpoint
         update = apply_update(run, step, lr_factor)
         progress.step = step
         yield from update_records(run, update, lr_factor)
@@ -108,27 +105,19 @@ def training_steps(run: Run, stop_reason: Callable[[], str]) -> Iterator[Record]
     yield finish(run)
 
 
-def emit(run: Run, kind: str, values: dict[str, Any],
-         timing: dict[str, Any] | None = None) -> Record:
+def emit(run: Run, kind: str, values: dict[str, Any], **timing: Any) -> Record:
     """Append a record of the current step to metrics.jsonl."""
-    timing = {"seconds": round(run.throughput.seconds(), 3), **(timing or {})}
+    timing = {"seconds": round(run.throughput.seconds(), 3), **timing}
     record = Record(kind, run.progress.step, values, timing)
     run.metrics.append(record)
     return record
 
 
-def leak_mark(run: Run) -> dict[str, str]:
-    return {LEAKY: run.leaks} if run.leaks else {}
-
-
-# ---------------------------------------------------------------------------------------------
-# One update
-
+# ---- One update ----
 
 @dataclass(frozen=True)
 class Update:
     """What one optimizer update, or the attempt at it, measured."""
-
     loss: float
     grad_norm: float
     halved: list[int]  # micro-batch sizes tried after running out of memory
@@ -144,22 +133,22 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Update:
     A loss or gradient norm that is not finite changes nothing. On CUDA, running out of memory
     halves the micro-batch until the batch fits.
     """
-    config, progress, halved = run.config, run.progress, []
+    progress, halved = run.progress, []
     optim.set_learning_rates(run.optimizers, lr_factor)
     run.throughput.start_update()
     while True:
         try:
-            loss = accumulate_gradients(run.model, *run.store.batch(step),
-                                        progress.micro_batch_size, config.seed, step,
-                                        run.start.dtype)
+            loss = accumulate_gradients(
+                run.model, *run.store.batch(step), progress.micro_batch_size, run.config.seed, step,
+                run.start.dtype)
             break
         except torch.cuda.OutOfMemoryError:
             if progress.micro_batch_size == 1:
                 raise
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
             halved.append(progress.micro_batch_size)
-        torch.cuda.empty_cache()
-    update = Update(loss, clip_gradients(run.model, config.grad_clip), halved)
+        torch.cuda.empty_cache()  # after the handler, whose traceback holds the tensors
+    update = Update(loss, clip_gradients(run.model, run.config.grad_clip), halved)
     if update.is_finite:
         for optimizer in run.optimizers:
             optimizer.step()
@@ -172,16 +161,14 @@ def accumulate_gradients(model: LanguageModel, ids: Tensor, targets: Tensor, mic
                          step: int, dtype: torch.dtype) -> float:
     """Set the gradient of a batch's mean loss, `micro` windows at a time; returns the loss.
 
-    Args:
-        ids, targets: (batch_size, T) each.
+    `ids` and `targets` are (batch_size, T).
     """
     device = next(model.parameters()).device
     model.train()
     model.zero_grad(set_to_none=True)
     reset_router_load(model)
     loss = 0.0
-    pairs = zip(ids.split(micro), targets.split(micro), strict=True)
-    for number, (x, y) in enumerate(pairs):
+    for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed(seed, step, number))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -202,19 +189,14 @@ def clip_gradients(model: LanguageModel, limit: float) -> float:
 
 
 def update_records(run: Run, update: Update, lr_factor: float) -> Iterator[Record]:
-    """Yield what an update leaves to say: lines of the log, spikes, skipped steps.
-
-    Raises:
-        NonFinite: the update was not finite and `on_nonfinite` is "stop".
-    """
+    """Yield what an update has to report; raise `NonFinite` where `on_nonfinite` is "stop"."""
     config, progress, step = run.config, run.progress, run.progress.step
     loss, norm, recent = update.loss, update.grad_norm, progress.recent_losses
     for micro_batch_size in update.halved:
         yield emit(run, "out_of_memory", {"micro_batch_size": micro_batch_size})
     if not update.is_finite:
-        indices = run.store.window_indices(step).tolist()
-        yield emit(run, "nonfinite",
-                   {"loss": str(loss), "grad_norm": str(norm), "windows": indices})
+        yield emit(run, "nonfinite", {"loss": str(loss), "grad_norm": str(norm),
+                                      "windows": run.store.window_indices(step).tolist()})
         if config.on_nonfinite == "stop":
             raise NonFinite(
                 f"The loss ({loss}) or gradient norm ({norm}) of step {step} is not finite. No "
@@ -224,27 +206,23 @@ def update_records(run: Run, update: Update, lr_factor: float) -> Iterator[Recor
         progress.skipped = [*progress.skipped, step]
         return
     if is_spike(loss, recent):
-        usual = sum(recent) / len(recent)
-        yield emit(run, "spike", {"loss": loss, "usual_loss": usual, "grad_norm": norm})
+        yield emit(run, "spike", {"loss": loss, "usual_loss": sum(recent) / len(recent),
+                                  "grad_norm": norm})
     progress.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
     if step % config.log_every == 0 or step == config.total_steps:
-        values = {"loss": loss, "learning_rate": lr_factor * config.learning_rate,
-                  "grad_norm": norm}
+        learning_rate = lr_factor * config.learning_rate
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
         if config.feed_forward == "moe":
             values["expert_load"] = expert_load(run.model)
-        yield emit(run, "step", values, run.throughput.since_last_log(step))
+        yield emit(run, "step", values, **run.throughput.since_last_log(step))
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
     """Whether a loss is six standard deviations (and 0.1 nats) above the recent ones."""
-    if len(recent) < SPIKE_WINDOW:
-        return False
-    return loss > np.mean(recent) + max(0.1, 6 * np.std(recent))
+    return len(recent) >= SPIKE_WINDOW and loss > np.mean(recent) + max(0.1, 6 * np.std(recent))
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluate, save, finish
-
+# ---- Evaluate, save, finish ----
 
 def evaluate(run: Run) -> Iterator[Record]:
     """Score the validation windows and sample from the model."""
@@ -256,7 +234,7 @@ def evaluate(run: Run) -> Iterator[Record]:
     if not math.isfinite(progress.scores["val_perplexity"]):
         raise NonFinite(f"The validation loss of step {progress.step} is "
                         f"{progress.scores['val_loss']}: the run has diverged.")
-    yield emit(run, "eval", {**progress.scores, **leak_mark(run)})
+    yield emit(run, "eval", {**progress.scores, **run.leak_mark})
     yield emit(run, "sample", sample(run.model, run.store.tokenizer, windows))
     if progress.step == run.config.total_steps:
         yield emit(run, "profile", evaluation.scores_by_position(losses, correct))
@@ -266,11 +244,9 @@ def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, l
     """Continue the beginnings of the first validation windows greedily: always the same prompts."""
     prompt = min(PROMPT_TOKENS, windows.shape[1] // 2)
     settings = Settings(min(SAMPLE_TOKENS, windows.shape[1] - prompt), temperature=0)
-    model.eval()
     ids = windows[:PROMPTS, :prompt].tolist()
     texts = complete(generate_ids(model, tokenizer, ids, settings))
-    return {"prompts": [tokenizer.decode(row) for row in ids],
-            "texts": [text.text for text in texts]}
+    return {"prompts": list(map(tokenizer.decode, ids)), "texts": [text.text for text in texts]}
 
 
 def save(run: Run, scheduled: bool):
@@ -287,28 +263,19 @@ def finish(run: Run) -> Record:
     """Write the last record, the curves and results.json."""
     config, run_dir, count = run.config, run.config.run_dir, parameter_count(run.model)
     results = {
-        **run.progress.scores,
-        "model_name": model_name(config),
-        "parameter_count": count,
-        "active_parameter_count": active_parameter_count(run.model),
-        "parameters_millions": round(count / 1e6, 3),
-        "total_steps": config.total_steps,
-        "checkpoint_every": config.checkpoint_every,
-        "eval_every": config.eval_every,
+        **run.progress.scores, "model_name": model_name(config),
+        "parameter_count": count, "active_parameter_count": active_parameter_count(run.model),
+        "parameters_millions": round(count / 1e6, 3), "total_steps": config.total_steps,
+        "checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every,
         "tokens_trained": config.total_steps * config.batch_size * config.sequence_length,
-        "steps_skipped": run.progress.skipped,
-        **leak_mark(run),
-    }
+        "steps_skipped": run.progress.skipped, **run.leak_mark}
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
-    measured = measured_on(config, len(run.windows), run.store.info)
-    done = emit(run, "done", results, timing)
-    try:
+    done = emit(run, "done", results, **timing)
+    with suppress(ImportError):  # the notebook packages may not be installed
         from lmlib.analysis import figures
-
         figures.save_curves(run_dir)
-    except ImportError:  # the notebook packages are not installed
-        pass
-    write_json(run_dir / "results.json",
-               {**results, **timing, "measured_on": measured, "audit": run.audit})
+    write_json(run_dir / "results.json", {
+        **results, **timing, "measured_on": measured_on(config, len(run.windows), run.store.info),
+        "audit": run.audit})
     return done

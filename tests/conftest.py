@@ -1,10 +1,11 @@
-"""Shared pieces: the smoke recipe under a name of its own, and a small corpus of real English."""
+"""Shared fixtures: runs of the smoke recipe, and a small corpus of real English."""
 
 import itertools
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models this small lose by threads, and so do tests side by side
+# Set before torch is imported: threads slow down models this small, and tests that run in parallel.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -17,36 +18,53 @@ names = (f"run{number}" for number in itertools.count())
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory) -> Path:
-    """One output folder for all tests, so that the Shakespeare tokens are made once."""
+    """Return one output folder for all tests, so that Shakespeare is tokenized once."""
     return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture
 def smoke(outputs):
-    """smoke(**overrides) -> RunConfig of params/smoke.yaml with a fresh run_name."""
+    """Return a function `smoke(**overrides)`: the smoke recipe's RunConfig with a new run_name."""
 
     def make(**overrides) -> RunConfig:
-        return RunConfig.load(
-            PROJECT_ROOT / "params" / "smoke.yaml", **{"output_dir": outputs, "run_name": next(names), **overrides}
-        )
+        settings = {"output_dir": outputs, "run_name": next(names), **overrides}
+        return RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **settings)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def trained(outputs) -> RunConfig:
-    """A finished smoke run; tests must not change it."""
+    """Return the config of a finished smoke run, which tests must not change."""
     from lmlib import training
 
-    config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", output_dir=outputs, run_name="trained")
+    recipe = PROJECT_ROOT / "params" / "smoke.yaml"
+    config = RunConfig.load(recipe, output_dir=outputs, run_name="trained")
     list(training.train(config))
     return config
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
-    """Three scenes of Hamlet's play, 60,000 characters, as a .txt corpus."""
-    play = next(file for file in corpus_files("shakespeare") if file.name == "hamlet.md").read_text("utf-8")
+    """Return the first 60,000 characters of Hamlet as a .txt corpus."""
+    [play] = [file for file in corpus_files("shakespeare") if file.name == "hamlet.md"]
     file = tmp_path_factory.mktemp("corpus") / "hamlet.txt"
-    file.write_text(play[:60_000], "utf-8")
+    file.write_text(play.read_text("utf-8")[:60_000], "utf-8")
     return file
+
+
+# In CI a skipped test is a failure, unless its reason is listed here.
+EXPECTED_SKIPS = ("no CUDA device", "both steps have the same file")
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("CI"):
+        return
+    reasons = {str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])}
+    unexpected = [r for r in reasons if not any(known in r for known in EXPECTED_SKIPS)]
+    if unexpected:
+        reporter.write_line(
+            f"\nSkipped for reasons that tests/conftest.py does not list: {unexpected}"
+        )
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

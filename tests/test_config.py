@@ -14,7 +14,9 @@ from lmlib.text import printable
 
 def test_every_mistake_is_listed_at_once_with_the_nearest_name():
     with pytest.raises(ValueError) as caught:
-        RunConfig(totl_steps=5, learning_rate="fast", seed=1.5, deterministic="false", optimizer="sgd")
+        RunConfig(
+            totl_steps=5, learning_rate="fast", seed=1.5, deterministic="false", optimizer="sgd"
+        )
     message = str(caught.value)
     assert "totl_steps is not a parameter; did you mean total_steps" in message
     assert "learning_rate is 'fast'; write a number" in message
@@ -25,14 +27,21 @@ def test_every_mistake_is_listed_at_once_with_the_nearest_name():
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
     config = RunConfig(learning_rate="3e-4", total_steps="1e3", muon_learning_rate=1)
-    assert (config.learning_rate, config.total_steps, config.muon_learning_rate) == (3e-4, 1000, 1.0)
+    assert (config.learning_rate, config.total_steps, config.muon_learning_rate) == (
+        3e-4,
+        1000,
+        1.0,
+    )
     assert type(config.muon_learning_rate) is float and type(config.total_steps) is int
 
 
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"attention": "mha", "hidden_size": 100, "num_attention_heads": 3}, "not a multiple of num_attention_heads"),
+        (
+            {"attention": "mha", "hidden_size": 100, "num_attention_heads": 3},
+            "not a multiple of num_attention_heads",
+        ),
         ({"warmup_ratio": 1.0}, "must be at least 0 and below 1"),
         ({"warmup_ratio": 12}, "must be at least 0 and below 1"),
         ({"validation_windows": 0}, "validation_windows is 0; it must be 1 or more"),
@@ -60,7 +69,9 @@ def test_contradictions_are_sentences(parameters, sentence):
 
 def test_parameters_that_the_attention_does_not_use_are_ignored():
     assert RunConfig(attention="mha", qk_rope_head_dim=7).attention == "mha"
-    assert RunConfig(attention="mla", hidden_size=100, num_attention_heads=3).num_attention_heads == 3
+    assert (
+        RunConfig(attention="mla", hidden_size=100, num_attention_heads=3).num_attention_heads == 3
+    )
 
 
 @pytest.mark.parametrize("name", hostile.PARAMETER_FILES)
@@ -74,11 +85,16 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
     with pytest.raises(ValueError, match="p.yaml is not valid YAML: given twice: seed"):
         read_parameters(file)
     file.write_text('"x; import os": 1\ncorpus: [a]')
-    with pytest.raises(ValueError, match="(?s)p.yaml cannot be used.*not a valid parameter name.*corpus is a list"):
+    with pytest.raises(
+        ValueError, match="(?s)p.yaml cannot be used.*not a valid parameter name.*corpus is a list"
+    ):
         read_parameters(file)
 
 
-@pytest.mark.parametrize("text", ["\x1b[31mred\x1b[0m", "\x07\r\x08", "\x9b31m", "\u202eexe.\u2066x", "\ud800", "a\u2028b"])
+@pytest.mark.parametrize(
+    "text",
+    ["\x1b[31mred\x1b[0m", "\x07\r\x08", "\x9b31m", "\u202eexe.\u2066x", "\ud800", "a\u2028b"],
+)
 def test_what_would_act_on_a_terminal_is_shown_as_its_number(text):
     assert printable(text).isprintable()
     for plain in ("plain\ntext\twith ünï🐎", "👩\u200d🚀 \xa0 שלום"):
@@ -97,10 +113,20 @@ def test_every_recipe_loads():
 
 def test_command_line_values_are_typed_by_their_parameter():
     given = parse_overrides(
-        [("total_steps", "5"), ("run_name", "7"), ("corpus_config", "null"), ("deterministic", "false")],
+        [
+            ("total_steps", "5"),
+            ("run_name", "7"),
+            ("corpus_config", "null"),
+            ("deterministic", "false"),
+        ],
         get_type_hints(RunConfig),
     )
-    assert given == {"total_steps": 5, "run_name": "7", "corpus_config": None, "deterministic": False}
+    assert given == {
+        "total_steps": 5,
+        "run_name": "7",
+        "corpus_config": None,
+        "deterministic": False,
+    }
     with pytest.raises(ValueError, match="not a valid parameter name"):
         parse_overrides([("x = 1; import os", "1")], get_type_hints(RunConfig))
     with pytest.raises(ValueError, match="corpus_split contains control characters"):
@@ -109,14 +135,31 @@ def test_command_line_values_are_typed_by_their_parameter():
 
 def test_a_notebook_takes_injected_over_edited_over_recipe_over_default():
     cell = 'recipe = "params/smoke.yaml"\nrun_name = "quickstart"\nseed = 0\ntotal_steps = 600\nbatch_size = 7'
-    variables = {"recipe": "params/smoke.yaml", "run_name": "quickstart", "seed": 3, "total_steps": 600, "batch_size": 7}
+    variables = {
+        "recipe": "params/smoke.yaml",
+        "run_name": "quickstart",
+        "seed": 3,
+        "total_steps": 600,
+        "batch_size": 7,
+    }
     config = run_config({**variables, "In": ["", cell, "# Parameters\nseed = 3\n"], "unrelated": 1})
-    assert (config.seed, config.batch_size, config.hidden_size, config.run_name) == (3, 7, 32, "smoke")
+    assert (config.seed, config.batch_size, config.hidden_size, config.run_name) == (
+        3,
+        7,
+        32,
+        "smoke",
+    )
 
 
 def test_an_injected_name_that_no_parameter_has_is_refused():
-    cells = {"In": ["", 'recipe = None\nrun_name = "x"', "# Parameters\ntotal_stepz = 5"], "recipe": None, "run_name": "x"}
-    with pytest.raises(ValueError, match="total_stepz is not a parameter; did you mean total_steps"):
+    cells = {
+        "In": ["", 'recipe = None\nrun_name = "x"', "# Parameters\ntotal_stepz = 5"],
+        "recipe": None,
+        "run_name": "x",
+    }
+    with pytest.raises(
+        ValueError, match="total_stepz is not a parameter; did you mean total_steps"
+    ):
         run_config({**cells, "total_stepz": 5})
     with pytest.raises(ValueError, match="total_stepz is not a parameter"):
         run_config({"total_stepz": 5})

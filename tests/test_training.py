@@ -1,4 +1,4 @@
-"""The loop: exact resume, refusals, stops and guards."""
+"""The training loop: records, exact resume, errors, stopping, and losses that are not finite."""
 
 import json
 import os
@@ -21,50 +21,86 @@ from lmlib.run.lock import hold_lock
 from lmlib.run.start import build_model, find_start, greeting
 
 
-def test_records_come_in_order_and_are_the_lines_of_the_file(smoke):
+def test_records_come_in_order_and_equal_the_lines_of_metrics_jsonl(smoke):
     config = smoke(total_steps=7, eval_every=3, checkpoint_every=4, log_every=2)
     records = list(lmlib.train(config))
     assert [(r.kind, r.step) for r in records] == [
-        *[("eval", 0), ("sample", 0), ("audit", 0), ("step", 2), ("eval", 3), ("sample", 3), ("step", 4), ("checkpoint", 4)],
-        *[("step", 6), ("eval", 6), ("sample", 6), ("step", 7), ("eval", 7), ("sample", 7), ("profile", 7)],
-        *[("checkpoint", 7), ("done", 7)],
+        ("eval", 0),
+        ("sample", 0),
+        ("audit", 0),
+        ("step", 2),
+        ("eval", 3),
+        ("sample", 3),
+        ("step", 4),
+        ("checkpoint", 4),
+        ("step", 6),
+        ("eval", 6),
+        ("sample", 6),
+        ("step", 7),
+        ("eval", 7),
+        ("sample", 7),
+        ("profile", 7),
+        ("checkpoint", 7),
+        ("done", 7),
     ]
-    assert (config.run_dir / "metrics.jsonl").read_text().splitlines() == [r.to_json() for r in records]
-    assert records[-1].val_loss == records[-5].val_loss == json.loads((config.run_dir / "results.json").read_text())["val_loss"]
+    assert (config.run_dir / "metrics.jsonl").read_text().splitlines() == [
+        r.to_json() for r in records
+    ]
+    assert (
+        records[-1].val_loss
+        == records[-5].val_loss
+        == json.loads((config.run_dir / "results.json").read_text())["val_loss"]
+    )
     assert records[3].loss > 0 and records[3].tokens_per_second > 0
-    assert sum(records[-3].val_loss_by_position) / 64 == pytest.approx(records[-1].val_loss, abs=1e-4)
-    assert sum(records[-3].val_accuracy_by_position) / 64 == pytest.approx(records[-1].val_accuracy, abs=1e-4)
+    assert sum(records[-3].val_loss_by_position) / 64 == pytest.approx(
+        records[-1].val_loss, abs=1e-4
+    )
+    assert sum(records[-3].val_accuracy_by_position) / 64 == pytest.approx(
+        records[-1].val_accuracy, abs=1e-4
+    )
     assert records[1].prompts == records[5].prompts and len(records[1].texts) == 3
     model, tokenizer = lmlib.load(config.run_dir)
-    assert lmlib.generate(model, tokenizer, records[-4].prompts, max_new_tokens=24, temperature=0) == records[-4].texts
+    assert (
+        lmlib.generate(model, tokenizer, records[-4].prompts, max_new_tokens=24, temperature=0)
+        == records[-4].texts
+    )
     assert not (config.run_dir / "heartbeat.json").exists()
     with pytest.raises(AttributeError, match="a record of kind 'eval' has no 'loss'"):
         records[0].loss  # noqa: B018
 
 
-def test_it_learns(smoke):
-    config = smoke(total_steps=60, hidden_size=64, dropout=0.0, eval_every=60, checkpoint_every=60, learning_rate=0.01)
+def test_training_lowers_the_validation_loss(smoke):
+    config = smoke(
+        total_steps=60,
+        hidden_size=64,
+        dropout=0.0,
+        eval_every=60,
+        checkpoint_every=60,
+        learning_rate=0.01,
+    )
     evals = [record.val_loss for record in lmlib.train(config) if record.kind == "eval"]
-    assert evals[0] == pytest.approx(6.24, abs=0.02)  # ln 512: nothing known
+    assert evals[0] == pytest.approx(6.24, abs=0.02)  # ln 512: a uniform guess
     assert evals[-1] < 4.9
 
 
-def test_the_load_of_experts_is_a_record_of_the_whole_batch(smoke):
-    """Of all its micro-batches; a skipped step moves no bias."""
+def test_expert_load_is_recorded_for_the_whole_batch(smoke):
+    """All micro-batches count; each step moves a bias by at most one BIAS_UPDATE_SPEED."""
     config = smoke(feed_forward="moe", batch_size=4, micro_batch_size=3, total_steps=6, dropout=0.0)
     steps = [record for record in lmlib.train(config) if record.kind == "step"]
     for record in steps:
         assert [len(layer) for layer in record.expert_load] == [4, 4]
         assert all(abs(sum(layer) - 1) < 1e-3 for layer in record.expert_load)
     whole = smoke(feed_forward="moe", batch_size=4, total_steps=6, dropout=0.0)
-    assert [r.expert_load for r in lmlib.train(whole) if r.kind == "step"][:2] == [r.expert_load for r in steps][:2]
+    assert [r.expert_load for r in lmlib.train(whole) if r.kind == "step"][:2] == [
+        r.expert_load for r in steps
+    ][:2]
     model, _ = lmlib.load(config.run_dir)
     for router in moe.routers(model):
         moved = router.e_score_correction_bias / moe.BIAS_UPDATE_SPEED
         assert torch.allclose(moved, moved.round(), atol=1e-3) and moved.abs().max() <= 6
     with pytest.raises(ValueError, match="num_experts_per_tok is 5; it must be at least 2"):
         smoke(feed_forward="moe", num_experts_per_tok=5)
-    smoke(feed_forward="mlp", num_experts_per_tok=5)  # not used, not judged
+    smoke(feed_forward="mlp", num_experts_per_tok=5)  # not checked, since it is not used
 
 
 @pytest.fixture(params=[1, 2])
@@ -75,67 +111,89 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("optimizer", "feed_forward"), [("muon", "mlp"), ("adamw", "mlp"), ("muon", "moe")])
-def test_cut_anywhere_and_started_again_the_run_is_the_same_bit_for_bit(smoke, text_file, threads, optimizer, feed_forward):
-    """Over an epoch's border, with micro-batches that do not divide the batch, and dropout."""
-    shape = {"corpus": str(text_file), "batch_size": 60, "micro_batch_size": 25, "total_steps": 10, "optimizer": optimizer}
+@pytest.mark.parametrize(
+    ("optimizer", "feed_forward"), [("muon", "mlp"), ("adamw", "mlp"), ("muon", "moe")]
+)
+def test_interrupted_run_resumes_bit_for_bit(smoke, text_file, threads, optimizer, feed_forward):
+    """Across epochs, with dropout and micro-batches that do not divide the batch."""
+    shape = {
+        "corpus": str(text_file),
+        "batch_size": 60,
+        "micro_batch_size": 25,
+        "total_steps": 10,
+        "optimizer": optimizer,
+    }
     shape["feed_forward"] = feed_forward
     whole = smoke(**shape)
     records = list(lmlib.train(whole))
     expected = fingerprint(whole.run_dir)
-    cut = smoke(**shape)
-    for kind, step in (("step", 3), ("eval", 5), ("checkpoint", 5), ("step", 9), ("checkpoint", 10)):
-        run = lmlib.train(cut)
+    interrupted = smoke(**shape)
+    interruptions = [("step", 3), ("eval", 5), ("checkpoint", 5), ("step", 9), ("checkpoint", 10)]
+    for kind, step in interruptions:
+        run = lmlib.train(interrupted)
         for record in run:
             if (record.kind, record.step) == (kind, step):
                 break
         run.close()
-    again = list(lmlib.train(cut))
-    assert fingerprint(cut.run_dir) == expected
-    assert [r.values for r in again] == [r.values for r in records[-len(again) :]]
+    resumed = list(lmlib.train(interrupted))
+    assert fingerprint(interrupted.run_dir) == expected
+    assert [r.values for r in resumed] == [r.values for r in records[-len(resumed) :]]
 
 
-def test_a_finished_run_trains_nothing_and_changes_no_byte(smoke, trained):
+def test_finished_run_trains_nothing_and_changes_no_byte(smoke, trained):
     def content():
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in trained.run_dir.rglob("*") if path.is_file()}
+        return {
+            path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in trained.run_dir.rglob("*")
+            if path.is_file()
+        }
 
     before = content()
     assert [(record.kind, record.step) for record in lmlib.train(trained)] == [("done", 20)]
     assert content() == before
 
 
-def test_more_steps_extend_a_finished_run(smoke):
+def test_raising_total_steps_extends_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
     assert "stretched to the new end" in greeting(find_start(longer))
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 11))
     assert [line["kind"] for line in lines].count("done") == 1
     with pytest.raises(ValueError, match="total_steps is 5 and was 10; it may only grow"):
         list(lmlib.train(config))
 
 
-def test_another_runs_folder_is_refused_and_left_alone(smoke, trained):
+def test_other_parameters_for_a_runs_folder_are_an_error_and_change_nothing(smoke, trained):
     before = fingerprint(trained.run_dir)
     with pytest.raises(ValueError) as caught:
         list(lmlib.train(replace(trained, hidden_size=64, seed=5)))
-    assert "hidden_size is 64 and was 32" in str(caught.value) and "seed is 5 and was 0" in str(caught.value)
+    assert "hidden_size is 64 and was 32" in str(caught.value) and "seed is 5 and was 0" in str(
+        caught.value
+    )
     assert fingerprint(trained.run_dir) == before
 
 
-def test_micro_batches_add_up_to_the_batch(smoke):
+def test_gradients_of_micro_batches_sum_to_those_of_the_batch(smoke):
     model = lmlib.LanguageModel(smoke(dropout=0.0)).double()
     ids = torch.randint(0, 512, (8, 17), generator=torch.Generator().manual_seed(0))
     grads = []
     for micro in (8, 3, 1):
-        loss = training.accumulate_gradients(model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32)
+        loss = training.accumulate_gradients(
+            model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32
+        )
         grads.append((loss, [p.grad.clone() for p in model.parameters()]))
     for loss, parameters in grads[1:]:
         assert loss == pytest.approx(grads[0][0], rel=1e-12)
-        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(parameters, grads[0][1], strict=True))
+        assert all(
+            torch.allclose(a, b, rtol=0, atol=1e-12)
+            for a, b in zip(parameters, grads[0][1], strict=True)
+        )
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch(smoke):
@@ -152,46 +210,64 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(smoke):
     assert training.accumulate_gradients(model, x, y, 2, 0, 1, torch.float32) == loss
     assert training.accumulate_gradients(model, x, y, 2, 0, 2, torch.float32) != loss
     assert training.accumulate_gradients(model, x, y, 2, 1, 1, torch.float32) != loss
-    halves = training.accumulate_gradients(model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32)
-    assert halves != training.accumulate_gradients(model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32)
+    halves = training.accumulate_gradients(
+        model, x[:1].repeat(4, 1), y[:1].repeat(4, 1), 2, 0, 1, torch.float32
+    )
+    assert halves != training.accumulate_gradients(
+        model, x[:1].repeat(2, 1), y[:1].repeat(2, 1), 2, 0, 1, torch.float32
+    )
 
 
-def test_a_run_may_start_from_the_weights_of_another(smoke, trained, text_file):
-    config = smoke(init_from=str(trained.run_dir), init_step=10, corpus=str(text_file), total_steps=5)
+def test_init_from_starts_from_the_weights_of_another_run(smoke, trained, text_file):
+    config = smoke(
+        init_from=str(trained.run_dir), init_step=10, corpus=str(text_file), total_steps=5
+    )
     start = lmlib.load(trained.run_dir, 10)[0]
     assert all(
-        torch.equal(a, b) for a, b in zip(start.parameters(), build_model(config, find_start(config).source).parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(
+            start.parameters(),
+            build_model(config, find_start(config).source).parameters(),
+            strict=True,
+        )
     )
     assert next(lmlib.train(config)).val_loss < 6.1  # not the 6.24 of random weights
     list(lmlib.train(config))
     environment = json.loads((config.run_dir / "environment.json").read_text())
     assert environment["init_from"].endswith("checkpoint_step_10")
     assert lmlib.load(config.run_dir)[1].get_vocab() == lmlib.load(trained.run_dir)[1].get_vocab()
-    with pytest.raises(ValueError, match="has another shape. To start from it, set hidden_size to 32"):
+    with pytest.raises(
+        ValueError, match="has another shape. To start from it, set hidden_size to 32"
+    ):
         list(lmlib.train(smoke(init_from=str(trained.run_dir), hidden_size=64)))
 
 
-def test_a_branch_goes_on_from_a_past_step_with_its_optimiser(smoke, trained):
-    """With nothing changed the branch is its parent; with another rate it is not, and says where it came from."""
+def test_branch_resumes_from_a_past_step_with_its_optimizer_state(smoke, trained):
+    """With the same parameters it equals its parent; with another learning rate it does not."""
     parent = smoke(total_steps=10)
     list(lmlib.train(parent))
     same = smoke(total_steps=10, init_from=str(parent.run_dir), init_step=5, init_state="full")
     records = list(lmlib.train(same))
-    assert (records[0].kind, records[0].step) == ("eval", 5) and (records[3].kind, records[3].step) == ("step", 6)
+    assert (records[0].kind, records[0].step) == ("eval", 5) and (
+        records[3].kind,
+        records[3].step,
+    ) == ("step", 6)
     name = "checkpoints/checkpoint_step_10/model.safetensors"
     weights = [fingerprint(config.run_dir)["tensors"][name] for config in (parent, same)]
     assert weights[0] == weights[1]
     other = replace(same, run_name=same.run_name + "b", learning_rate=0.1)
     list(lmlib.train(other))
     assert fingerprint(other.run_dir)["tensors"][name] != weights[0]
-    refused = smoke(init_from=str(trained.run_dir), init_step=5, init_state="full")
+    stateless = smoke(init_from=str(trained.run_dir), init_step=5, init_state="full")
     with pytest.raises(ValueError, match="has no training state any more"):
-        list(lmlib.train(refused))
-    assert not refused.run_dir.exists()
+        list(lmlib.train(stateless))
+    assert not stateless.run_dir.exists()
 
 
-def test_a_run_from_a_checkpoint_folder_goes_on_without_its_parent(smoke, trained, tmp_path):
-    parent = shutil.copytree(trained.run_dir / "checkpoints" / "checkpoint_step_10", tmp_path / "checkpoint_step_10")
+def test_run_started_from_a_checkpoint_resumes_without_its_parent(smoke, trained, tmp_path):
+    parent = shutil.copytree(
+        trained.run_dir / "checkpoints" / "checkpoint_step_10", tmp_path / "checkpoint_step_10"
+    )
     config = smoke(init_from=str(parent), total_steps=10)
     for record in lmlib.train(config):
         if record.kind == "checkpoint":
@@ -200,18 +276,24 @@ def test_a_run_from_a_checkpoint_folder_goes_on_without_its_parent(smoke, traine
     assert list(lmlib.train(config))[-1].kind == "done"
 
 
-def test_checkpoints_between_evaluations_name_the_step_of_their_score(smoke):
-    whole, cut = (smoke(total_steps=12, eval_every=10, checkpoint_every=4) for _ in range(2))
+def test_checkpoints_between_evaluations_record_the_step_of_their_validation_loss(smoke):
+    whole, interrupted = (
+        smoke(total_steps=12, eval_every=10, checkpoint_every=4) for _ in range(2)
+    )
     records = list(lmlib.train(whole))
-    assert [(r.step, r.val_loss_step) for r in records if r.kind == "checkpoint"] == [(4, 0), (8, 0), (12, 12)]
-    for record in lmlib.train(cut):
+    assert [(r.step, r.val_loss_step) for r in records if r.kind == "checkpoint"] == [
+        (4, 0),
+        (8, 0),
+        (12, 12),
+    ]
+    for record in lmlib.train(interrupted):
         if record.kind == "checkpoint":
             break
-    list(lmlib.train(cut))
-    assert fingerprint(cut.run_dir) == fingerprint(whole.run_dir)
+    list(lmlib.train(interrupted))
+    assert fingerprint(interrupted.run_dir) == fingerprint(whole.run_dir)
 
 
-def test_a_finished_run_without_checkpoints_is_not_begun_anew(smoke):
+def test_finished_run_without_checkpoints_is_not_trained_from_scratch(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     shutil.rmtree(config.run_dir / "checkpoints")
@@ -221,7 +303,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_anew(smoke):
     assert (config.run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_plain_attention_does_not_use_may_differ_on_going_on(smoke):
+def test_parameters_that_attention_does_not_use_may_differ_on_resume(smoke):
     config = smoke(total_steps=10, attention="mha")
     for record in lmlib.train(config):
         if record.kind == "checkpoint":
@@ -229,14 +311,18 @@ def test_what_plain_attention_does_not_use_may_differ_on_going_on(smoke):
     assert list(lmlib.train(replace(config, kv_lora_rank=20)))[-1].kind == "done"
 
 
-def test_a_leap_of_the_loss_is_a_record(smoke, monkeypatch):
+def test_loss_spike_is_recorded(smoke, monkeypatch):
     real = training.accumulate_gradients
-    monkeypatch.setattr(training, "accumulate_gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0))
+    monkeypatch.setattr(
+        training, "accumulate_gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0)
+    )
     records = list(lmlib.train(smoke(total_steps=35)))
-    assert [(r.step, r.usual_loss < r.loss - 2) for r in records if r.kind == "spike"] == [(33, True)]
+    assert [(r.step, r.usual_loss < r.loss - 2) for r in records if r.kind == "spike"] == [
+        (33, True)
+    ]
 
 
-def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(smoke, trained, text_file):
+def test_tokenizer_other_than_that_of_the_weights_is_an_error(smoke, trained, text_file):
     other = smoke(corpus=str(text_file), total_steps=1)
     list(lmlib.train(other))
     tokenizer = other.run_dir / "checkpoints" / "checkpoint_step_1"
@@ -244,14 +330,14 @@ def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(smoke, trained, te
         list(lmlib.train(smoke(init_from=str(trained.run_dir), tokenizer=str(tokenizer))))
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
+def test_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
     real = training.accumulate_gradients
 
-    def poisoned(model, ids, targets, micro, seed, step, dtype):
+    def nan_at_step_7(model, ids, targets, micro, seed, step, dtype):
         loss = real(model, ids, targets, micro, seed, step, dtype)
         return float("nan") if step == 7 else loss
 
-    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(training, "accumulate_gradients", nan_at_step_7)
     config = smoke(total_steps=10)
     with pytest.raises(training.NonFinite, match="step 7 is not finite. No weight was changed"):
         list(lmlib.train(config))
@@ -261,7 +347,9 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
 
     skipping = smoke(total_steps=10, on_nonfinite="skip")
     records = list(lmlib.train(skipping))
-    assert records[-1].steps_skipped == [7] and ("step", 7) not in [(r.kind, r.step) for r in records]
+    assert records[-1].steps_skipped == [7] and ("step", 7) not in [
+        (r.kind, r.step) for r in records
+    ]
     before = fingerprint(skipping.run_dir)
     shutil.rmtree(skipping.run_dir / "checkpoints" / "checkpoint_step_10")
     (skipping.run_dir / "results.json").unlink()
@@ -269,27 +357,30 @@ def test_a_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
     assert fingerprint(skipping.run_dir) == before
 
 
-def test_running_out_of_gpu_memory_halves_the_micro_batch_and_goes_on(smoke, monkeypatch):
+def test_running_out_of_gpu_memory_halves_the_micro_batch(smoke, monkeypatch):
     real, sizes = training.accumulate_gradients, []
 
-    def small(model, ids, targets, micro, seed, step, dtype):
+    def out_of_memory_above_one_window(model, ids, targets, micro, seed, step, dtype):
         sizes.append(micro)
         if micro > 1:
-            raise torch.cuda.OutOfMemoryError("as if")
+            raise torch.cuda.OutOfMemoryError("simulated")
         return real(model, ids, targets, micro, seed, step, dtype)
 
-    monkeypatch.setattr(training, "accumulate_gradients", small)
+    monkeypatch.setattr(training, "accumulate_gradients", out_of_memory_above_one_window)
     config = smoke(total_steps=2)
     records = list(lmlib.train(config))
-    assert sizes == [4, 2, 1, 1] and [r.micro_batch_size for r in records if r.kind == "out_of_memory"] == [2, 1]
+    assert sizes == [4, 2, 1, 1] and [
+        r.micro_batch_size for r in records if r.kind == "out_of_memory"
+    ] == [2, 1]
     assert checkpoint.verify_state(checkpoint.newest_good(config.run_dir))["micro_batch_size"] == 1
 
 
-def test_a_second_writer_is_refused_with_the_pid_of_the_first(smoke):
+def test_second_process_on_a_run_is_refused_with_the_pid_of_the_first(smoke):
     config = smoke(total_steps=10)
     run = lmlib.train(config)
     next(run)
-    code = f"import lmlib; list(lmlib.train(lmlib.RunConfig.load({str(config.run_dir / 'config.json')!r})))"
+    file = str(config.run_dir / "config.json")
+    code = f"import lmlib; list(lmlib.train(lmlib.RunConfig.load({file!r})))"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"is being written by process {os.getpid()}" in second.stderr
     run.close()
@@ -297,14 +388,25 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(smoke):
         pass
 
 
-def started(config, tmp_path) -> subprocess.Popen:
-    """A long run in a process of its own, once it has made a step."""
-    command = [sys.executable, "-m", "lmlib", "train", "params/smoke.yaml", "-p", "total_steps", "100000"]
+def start_long_run(config, tmp_path) -> subprocess.Popen:
+    """Start a long run in a process of its own, and wait until it has made a few steps."""
+    command = [
+        sys.executable,
+        "-m",
+        "lmlib",
+        "train",
+        "params/smoke.yaml",
+        "-p",
+        "total_steps",
+        "100000",
+    ]
     for name in ("output_dir", "run_name"):
         command += ["-p", name, str(getattr(config, name))]
     command += ["-p", "checkpoint_every", "50000", "-p", "eval_every", "50000"]
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=PROJECT_ROOT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=PROJECT_ROOT
+        )
     deadline = time.monotonic() + 120
     while "Step 3/" not in (tmp_path / "out").read_text():
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
@@ -313,11 +415,13 @@ def started(config, tmp_path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "stop"])
-def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(smoke, tmp_path, how):
+def test_stop_request_saves_and_says_how_to_resume(smoke, tmp_path, how):
     config = smoke()
-    process = started(config, tmp_path)
+    process = start_long_run(config, tmp_path)
     if how == "stop":
-        subprocess.run([sys.executable, "-m", "lmlib", "stop", config.run_dir], check=True, cwd=PROJECT_ROOT)
+        subprocess.run(
+            [sys.executable, "-m", "lmlib", "stop", config.run_dir], check=True, cwd=PROJECT_ROOT
+        )
     else:
         process.send_signal(getattr(signal, how))
     _, errors = process.communicate(timeout=60)
@@ -326,11 +430,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(smoke, tmp_path
     [step] = checkpoint.checkpoint_steps(config.run_dir)
     assert step >= 3 and f"Stopped at step {step} of 100000" in errors
     checkpoint.verify_state(checkpoint.newest_good(config.run_dir))
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["step"] == step and "checkpoint" not in [line["kind"] for line in lines]
 
 
-def test_stopping_in_python_raises_after_saving_and_going_on_is_exact(smoke):
+def test_interrupt_in_python_raises_after_saving_and_the_run_resumes_exactly(smoke):
     whole = smoke(total_steps=10)
     list(lmlib.train(whole))
     config = smoke(total_steps=10)
@@ -346,9 +452,11 @@ def test_stopping_in_python_raises_after_saving_and_going_on_is_exact(smoke):
     assert ours["tensors"][name] == expected["tensors"][name]
 
 
-def test_text_that_changed_since_is_refused(smoke, tmp_path):
+def test_resuming_on_a_changed_corpus_is_an_error(smoke, tmp_path):
     corpus = tmp_path / "c.txt"
-    corpus.write_text("\n\n".join(f"Paragraph {n} says something of its own. " * 20 for n in range(200)))
+    corpus.write_text(
+        "\n\n".join(f"Paragraph {n} says something of its own. " * 20 for n in range(200))
+    )
     config = smoke(corpus=str(corpus), validation_fraction=0.3, total_steps=10)
     for record in lmlib.train(config):
         if (record.kind, record.step) == ("checkpoint", 5):
@@ -358,7 +466,7 @@ def test_text_that_changed_since_is_refused(smoke, tmp_path):
         list(lmlib.train(config))
 
 
-def test_going_on_with_other_threads_is_warned_of(smoke):
+def test_resuming_with_another_number_of_threads_warns(smoke):
     config = smoke(total_steps=10)
     for record in lmlib.train(config):
         if record.kind == "checkpoint":
@@ -373,19 +481,19 @@ def test_going_on_with_other_threads_is_warned_of(smoke):
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc"])
-def test_a_folder_that_cannot_be_written_is_one_sentence(smoke, tmp_path, text_file, place):
+def test_output_folder_that_cannot_be_written_is_a_clear_error(smoke, tmp_path, text_file, place):
     (tmp_path / "a file").write_text("x")
     with pytest.raises(ValueError, match="cannot be used"):
         list(lmlib.train(smoke(output_dir=tmp_path / place, corpus=str(text_file))))
 
 
-def test_a_device_that_is_not_there_is_one_sentence(smoke):
+def test_missing_device_is_a_clear_error(smoke):
     with pytest.raises(ValueError, match="torch finds . CUDA devices"):
         list(lmlib.train(smoke(device="cuda:7")))
 
 
-def test_the_core_needs_only_the_cores_packages(smoke, trained, tmp_path):
-    """The GPU machine has no datasets, plotly, pandas or Jupyter."""
+def test_core_needs_only_the_core_packages(smoke, trained, tmp_path):
+    """A machine that only trains needs no datasets, plotly, pandas or Jupyter."""
     code = """
 import sys
 for name in ("datasets", "plotly", "pandas", "matplotlib", "ipywidgets", "IPython", "papermill"):
@@ -393,7 +501,8 @@ for name in ("datasets", "plotly", "pandas", "matplotlib", "ipywidgets", "IPytho
 import lmlib
 from lmlib import checkpoint, evaluation, optim, training
 from lmlib.data import prepare
-run = lmlib.RunConfig.load("params/smoke.yaml", total_steps=2, output_dir=sys.argv[1], run_name="core")
+settings = {"total_steps": 2, "output_dir": sys.argv[1], "run_name": "core"}
+run = lmlib.RunConfig.load("params/smoke.yaml", **settings)
 assert [r.kind for r in lmlib.train(run)][-1] == "done"
 print(lmlib.generate(*lmlib.load(run.run_dir), ["To be"], max_new_tokens=3))
 """
@@ -408,12 +517,14 @@ def test_cuda_agrees_with_cpu_and_resumes(smoke):
         run = smoke(device=device, dtype="float32", dropout=0.0, total_steps=10)
         losses[device] = [r.loss for r in lmlib.train(run) if r.kind == "step"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.02)
-    whole, cut = (smoke(device="cuda", deterministic=True, total_steps=10) for _ in range(2))
+    whole, interrupted = (
+        smoke(device="cuda", deterministic=True, total_steps=10) for _ in range(2)
+    )
     list(lmlib.train(whole))
-    run = lmlib.train(cut)
+    run = lmlib.train(interrupted)
     for record in run:
         if record.kind == "step" and record.step == 7:
             break
     run.close()
-    list(lmlib.train(cut))
-    assert fingerprint(cut.run_dir)["metrics"] == fingerprint(whole.run_dir)["metrics"]
+    list(lmlib.train(interrupted))
+    assert fingerprint(interrupted.run_dir)["metrics"] == fingerprint(whole.run_dir)["metrics"]

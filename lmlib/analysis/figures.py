@@ -37,8 +37,7 @@ PANELS = [
     ("Validation perplexity", "log", [("eval", "val_perplexity", "validation", POINTS)]),
     ("Learning rate", "linear", [("step", "learning_rate", "training", LINE)]),
     ("Gradient norm", "linear", [("step", "grad_norm", "training", LINE)]),
-    ("Tokens per second", "linear", [("step", "tokens_per_second", "training", LINE)]),
-]
+    ("Tokens per second", "linear", [("step", "tokens_per_second", "training", LINE)])]
 
 
 def add_line(figure: go.Figure, number: int, x: list, y: list, name: str, *,
@@ -46,11 +45,11 @@ def add_line(figure: go.Figure, number: int, x: list, y: list, name: str, *,
              error: list | None = None, **options: Any):
     """Add a line, or markers, in the color and dash of a run or model; see `add_scatter`."""
     color, dash = color_of(number), DASHES[number // len(COLORS) % len(DASHES)]
-    figure.add_scatter(
-        x=x, y=y, mode=mode, name=html.escape(name),  # Plotly shows HTML in names
-        line={"color": color, "dash": dash, "width": width},
-        marker={"color": color, "symbol": symbol, "size": size},
-        error_y={"array": error, "thickness": 1, "width": 0} if error else None, **options)
+    figure.add_scatter(x=x, y=y, mode=mode, name=html.escape(name),  # Plotly shows HTML in names
+                       line={"color": color, "dash": dash, "width": width},
+                       marker={"color": color, "symbol": symbol, "size": size},
+                       error_y={"array": error, "thickness": 1, "width": 0} if error else None,
+                       **options)
 
 
 def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None,
@@ -59,46 +58,43 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
 
     `smoothing` is the span of the running mean of the loss, in records (None: 1/15 of the run).
     """
-    titles = [title for title, _, _ in PANELS]
-    figure = make_subplots(2, 3, subplot_titles=titles, vertical_spacing=0.16)
-    cells = [{"row": 1 + panel // 3, "col": 1 + panel % 3} for panel in range(len(PANELS))]
-    runs = names_of(frame)
-    single = len(runs) == 1
-    for number, run in enumerate(runs):
-        mark = LEAKY_NAME if run.endswith(LEAKY_NAME) else ""
-        panels = panel_lines(frame[frame["run"] == run], x, smoothing,
-                             frame.attrs.get("runs", {}).get(run))
-        for cell, line in ((cells[n], line) for n, lines in enumerate(panels) for line in lines):
-            name, shown = line["name"], cell == cells[0] and bool(line["x"])
-            if single:  # one color for validation and one for training
-                number = int(name.startswith("training"))
+    figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS],
+                           vertical_spacing=0.16)
+    single = len(frame.attrs["runs"]) == 1
+    for number, (run, folder) in enumerate(frame.attrs["runs"].items()):
+        panels = panel_lines(frame[frame["run"] == run], x, smoothing, folder=folder)
+        for panel, line in ((n, line) for n, lines in enumerate(panels) for line in lines):
+            name = line.pop("name")
+            shown = panel == 0 and bool(line["x"]) and (single or name == "validation")
             if log_x:  # step 0 has no logarithm
                 line["x"] = [value if value > 0 else None for value in line["x"]]
-            line["name"] = name + mark if single else f"{run}, {name}"
-            add_line(figure, number, **line, **cell, legendgroup=run,
-                     showlegend=shown and (single or name == "validation"))
-    for cell, (_, scale, _) in zip(cells, PANELS, strict=True):
-        figure.update_yaxes(type=scale, **cell)
+            if single:  # one color for validation and one for training
+                number = int(name.startswith("training"))
+                name += LEAKY_NAME if run.endswith(LEAKY_NAME) else ""
+            add_line(figure, number, **line, name=name if single else f"{run}, {name}",
+                     legendgroup=run, showlegend=shown, row=1 + panel // 3, col=1 + panel % 3)
+    for panel, (_, scale, _) in enumerate(PANELS):
+        figure.update_yaxes(type=scale, row=1 + panel // 3, col=1 + panel % 3)
     figure.update_xaxes(type="log" if log_x else "linear")
     figure.update_xaxes(title_text=frames.AXES[x], row=2)
     buttons = [{"label": f"{scale} loss", "method": "relayout", "args": [{"yaxis.type": scale}]}
                for scale in ("linear", "log")]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 1.2,
             "xanchor": "left", "bgcolor": "rgba(128, 128, 128, 0.15)", "bordercolor": FAINT}
-    return styled(figure, height=560, top=90).update_layout(updatemenus=[menu])
+    return styled(figure, height=560, top=90, updatemenus=[menu])
 
 
-def panel_lines(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None,
-                folder: str | None = None) -> list[list[dict[str, Any]]]:
+def panel_lines(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, *,
+                folder: str) -> list[list[dict[str, Any]]]:
     """Return the lines of each of PANELS for one run, as arguments of `add_line`."""
     rows = {kind: frame[frame["kind"] == kind] for kind in ("step", "eval", "checkpoint")}
     rows["smooth"] = steps = rows["step"]
     if "loss" in steps:
-        span = max(1, smoothing or max(2, len(steps) // 15))  # explorer's "auto" is 0
+        span = smoothing or max(2, len(steps) // 15)  # explorer's "auto" is 0
         rows["smooth"] = steps.assign(loss=steps["loss"].ewm(span=span).mean())
     # A run resumes between two evaluations: its mark lies on the line that connects them.
     evals = rows["eval"].dropna(subset="val_loss") if "val_loss" in frame else frame.iloc[:0]
-    resumed = frames.resumes(folder) if folder and len(evals) else []
+    resumed = frames.resumes(folder) if len(evals) else []
     marks = {column: np.interp(resumed, evals["step"], evals[column])
              for column in (*frames.AXES, "val_loss") if resumed}
     rows["resume"] = pd.DataFrame({**marks, "step": resumed})
@@ -122,11 +118,6 @@ def _line(rows: pd.DataFrame, x: str, column: str, name: str, style: dict) -> di
             "error": errors.reindex(rows.index).tolist() if len(errors) else None}
 
 
-def names_of(frame: pd.DataFrame) -> list[str]:
-    """Return the runs of a frame in the order asked for, which decides their colors everywhere."""
-    return list(frame.attrs.get("runs") or frame["run"].unique())
-
-
 def color_of(number: int) -> str:
     """Return the color of a run or model, the same in every figure."""
     return COLORS[number % len(COLORS)]
@@ -137,26 +128,26 @@ def shape_of(number: int) -> str:
     return SHAPES[number // len(COLORS) % len(SHAPES)]
 
 
-def styled(figure: go.Figure, height: int, top: int = 60) -> go.Figure:
-    """Style a figure for light and dark pages, with `top` pixels for titles and legend."""
-    figure.update_xaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
-    figure.update_yaxes(gridcolor=FAINT, zeroline=False, linecolor=FAINT)
-    figure.update_annotations(font={"size": 14})
+def styled(figure: go.Figure, height: int, top: int = 60, **layout: Any) -> go.Figure:
+    """Style a figure for light and dark pages: `top` pixels for titles, `layout` on top of that."""
+    lines = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT}
+    figure.update_xaxes(**lines).update_yaxes(**lines).update_annotations(font_size=14)
     return figure.update_layout(
         template="none", paper_bgcolor="rgba(0, 0, 0, 0)", plot_bgcolor="rgba(0, 0, 0, 0)",
         font={"color": render.GRAY}, height=height, margin={"l": 60, "r": 20, "t": top, "b": 50},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"})
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"},
+        **layout)
 
 
 def loss_by_position(frame: pd.DataFrame) -> go.Figure:
     """Draw validation loss and accuracy by position in the context window, for finished runs."""
-    titles = ["Validation loss by position (nats)", "Validation accuracy by position"]
-    figure = make_subplots(1, 2, subplot_titles=titles)
-    profiles = frame[frame["kind"] == "profile"]
-    for number, run in enumerate(names_of(frame)):
-        last = profiles[profiles["run"] == run].tail(1)
+    figure = make_subplots(1, 2, subplot_titles=["Validation loss by position (nats)",
+                                                 "Validation accuracy by position"])
+    profiles = frame[frame["kind"] == "profile"].drop_duplicates("run", keep="last")
+    profiles = profiles.set_index("run").to_dict("index")
+    for number, run in enumerate(frame.attrs["runs"]):
         for col, column in enumerate(("val_loss_by_position", "val_accuracy_by_position"), 1):
-            [values] = last.get(column, last["step"]) if len(last) else [None]
+            values = profiles.get(run, {}).get(column)
             positions, means = mean_by_position(values if isinstance(values, list) else [])
             add_line(figure, number, positions, means, run, size=4, width=1.5, legendgroup=run,
                      showlegend=col == 1, row=1, col=col)
@@ -176,18 +167,16 @@ def mean_by_position(values: list[float]) -> tuple[list[float], list[float]]:
 
 def cost(table: pd.DataFrame) -> go.Figure:
     """Draw the validation loss of a `results_table` or `ranking` over size, time and FLOPs."""
-    sizes = {"parameters": "parameters (open: active)", "minutes": frames.AXES["minutes"],
-             "FLOPs": frames.AXES["flops"]}
-    titles = [f"Validation loss by {size}" for size in sizes.values()]
-    figure = make_subplots(1, 3, subplot_titles=titles)
-    for col, column in enumerate(sizes, 1):
+    panels = {"parameters (open: active)": ["parameters", "active"],
+              frames.AXES["minutes"]: ["minutes"], frames.AXES["flops"]: ["FLOPs"]}
+    figure = make_subplots(1, 3, subplot_titles=[f"Validation loss by {size}" for size in panels])
+    for col, columns in enumerate(panels.values(), 1):
         for number, (name, row) in enumerate(table.iterrows()):
-            values = [row.get(column), row.get("active") if column == "parameters" else None]
-            known, shape = [value for value in values if pd.notna(value)], shape_of(number)
-            add_line(figure, number, known, [row.get("validation loss")] * len(known), str(name),
+            known, shape = row[columns].dropna().tolist(), shape_of(number)
+            add_line(figure, number, known, [row["validation loss"]] * len(known), name,
                      mode="markers", symbol=[shape, f"{shape}-open"][: len(known)], size=11,
-                     legendgroup=str(name), showlegend=col == 1, row=1, col=col)
-        known = pd.to_numeric(table.get(column, pd.Series(dtype=float)), errors="coerce").dropna()
+                     legendgroup=name, showlegend=col == 1, row=1, col=col)
+        known = table[columns[0]].dropna()
         wide = len(known) and known.max() > 10 * known.min() > 0  # else log ticks would be few
         figure.update_xaxes(type="log" if wide else "linear", row=1, col=col)
     return styled(figure, height=380)
@@ -196,12 +185,11 @@ def cost(table: pd.DataFrame) -> go.Figure:
 def expert_load(frame: pd.DataFrame) -> go.Figure:
     """Draw each expert's share of its layer's tokens over steps, 1 being even; a map per run."""
     known = frame[frame["expert_load"].map(_is_load)] if "expert_load" in frame else frame.iloc[:0]
-    runs = [run for run in names_of(frame) if run in set(known["run"])]
+    runs = dict(list(known.groupby("run", sort=False)))
     columns, rows = min(3, max(1, len(runs))), max(1, -(-len(runs) // 3))
     figure = make_subplots(rows, columns, vertical_spacing=0.25 / rows,
                            subplot_titles=list(map(html.escape, runs)) or ["No run has experts"])
-    for number, run in enumerate(runs):
-        records = known[known["run"] == run]
+    for number, (run, records) in enumerate(runs.items()):
         sizes = records["expert_load"].map(lambda load: tuple(map(len, load)))
         records = records[sizes == sizes.iloc[0]]  # the columns of a heat map have one length
         loads = [[share * len(layer) for layer in load for share in layer]
@@ -211,10 +199,10 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
                            name=html.escape(run), coloraxis="coloraxis",
                            row=number // columns + 1, col=number % columns + 1)
     figure.update_xaxes(title_text="step", row=rows)
-    figure.update_yaxes(type="category", tickfont={"size": 9}, nticks=24)
+    figure.update_yaxes(type="category", tickfont_size=9, nticks=24)
     figure.update_yaxes(title_text="layer.expert", col=1)
-    figure.update_layout(coloraxis={**RED_BLUE, "colorbar": {"title": {"text": "share"}}})
-    return styled(figure, height=120 + 260 * rows if runs else 100)
+    return styled(figure, height=120 + 260 * rows if runs else 100, coloraxis=RED_BLUE,
+                  coloraxis_colorbar_title_text="share")
 
 
 def _is_load(value: Any) -> bool:
@@ -234,16 +222,15 @@ def learning_rates(search: Any) -> go.Figure:
     for number, (label, factor, symbol) in enumerate(marks, 1):
         tested = factor is not None and factors and factors[0] <= factor <= factors[-1]
         x, y = ([factor], np.interp([factor], factors, search.losses)) if tested else ([], [])
-        add_line(figure, number, [peak * factor for factor in x], list(y), label,
-                 mode="markers", symbol=symbol, size=13)
-    figure.update_xaxes(type="log", title_text=name)
-    figure.update_yaxes(title_text="loss (nats per token)")
-    return styled(figure, height=360)
+        add_line(figure, number, [peak * factor for factor in x], list(y), label, mode="markers",
+                 symbol=symbol, size=13)
+    return styled(figure, height=360, xaxis_type="log", xaxis_title_text=name,
+                  yaxis_title_text="loss (nats per token)")
 
 
 def chart_bundle(frame: pd.DataFrame) -> dict[str, Any]:
     """Return the training curves as a notebook's output (see `render.bundle`)."""
-    runs = ", ".join(map(str, names_of(frame))) or "no run"
+    runs = ", ".join(frame.attrs["runs"]) or "no run"
     return render.bundle(training_curves(frame), f"Training curves of {runs}")
 
 

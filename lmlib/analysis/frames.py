@@ -33,10 +33,8 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     """Return the records of runs, one per row: run, kind, step, and a column per value and timing.
 
     The columns `tokens`, `minutes` and `flops` hold the cost up to that step. `frame.attrs["runs"]`
-    maps each run's name to its folder, `frame.attrs["notes"]` to its `run_notes`.
-
-    Raises:
-        ValueError: a folder does not exist.
+    maps each run's name to its folder, in the order asked for, which decides its color everywhere;
+    `frame.attrs["notes"]` to its `run_notes`. A folder that does not exist is a ValueError.
     """
     folders, frames, notes = named_folders(run_dirs), [], {}
     for run, folder in folders.items():
@@ -45,14 +43,12 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         for column in frame.columns.difference(NOT_NUMBERS):
             numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
             frame[column] = numbers.where(numbers.abs() < 1e100)  # Plotly cannot scale to more
-        frame["run"] = run
-        frame["minutes"] = frame["seconds"] / 60 if "seconds" in frame else np.nan
         config = read_mapping(folder / "config.json") | environment(folder, "model")
         sizes = [config.get(key) for key in ("batch_size", "sequence_length", "flops_per_token")]
         batch, length, flops = pd.to_numeric(pd.Series(sizes, dtype=object), errors="coerce")
-        frame["tokens"] = frame["step"] * (batch * length)
-        frame["flops"] = frame["tokens"] * flops
-        frames.append(frame)
+        minutes = frame["seconds"] / 60 if "seconds" in frame else np.nan
+        frame = frame.assign(run=run, minutes=minutes, tokens=frame["step"] * (batch * length))
+        frames.append(frame.assign(flops=frame["tokens"] * flops))
         notes[run] = run_notes(folder, frame, invalid)
     whole = pd.concat(frames or [pd.DataFrame(columns=["run", "kind", *AXES])], ignore_index=True)
     whole.attrs = {"notes": notes, "runs": {run: str(folder) for run, folder in folders.items()}}
@@ -62,10 +58,8 @@ def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
 def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path]:
     """Return run folders by printable names: "small", or "2025/small" if that is not unique.
 
-    The name of a run that leaks says so, and with it every table and figure.
-
-    Raises:
-        ValueError: a folder does not exist.
+    The name of a run that leaks says so, and with it every table and figure. A folder that does
+    not exist is a ValueError.
     """
     run_dirs = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
     given = [resolve_path(run_dir).absolute() for run_dir in run_dirs]
@@ -73,7 +67,7 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
     named: dict[str, Path] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"There is no run {folder}. `python -m lmlib runs` lists the runs.")
+            raise ValueError(f"There is no run {folder}. `lmlib runs` lists the runs.")
         others, length = [other.parts for other in folders if other != folder], 1
         while folder.parts[-length:] in [parts[-length:] for parts in others]:
             length += 1
@@ -97,7 +91,7 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
     text = text.replace('"utilisation":', '"utilization":')  # the spelling of earlier versions
     lines = text.split("\n") if text else []
     collecting = gc.isenabled()
-    gc.disable()  # scanning the new records for cycles would take a third of the time
+    gc.disable()  # scanning the new records for cycles can take two thirds of the time
     try:
         found = json.loads(f"[{','.join(lines)}]")  # three times as fast as line by line
     except (ValueError, RecursionError):
@@ -136,9 +130,8 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
         "config.json is missing or cannot be read": not read_mapping(folder / "config.json"),
         "its losses have names that this version does not know":
             frame["kind"].isin(["step", "eval"]).any() and not any(map(len, losses)),
-        "some losses are not finite": any(loss.isna().any() for loss in losses)
-            or (frame["kind"] == "nonfinite").any(),
-    }
+        "some losses are not finite":
+            any(loss.isna().any() for loss in losses) or "nonfinite" in set(frame["kind"])}
     return [note for note, holds in notes.items() if holds]
 
 
@@ -149,29 +142,26 @@ def headline(frame: pd.DataFrame, run: str) -> str:
     if len(records):
         total = read_mapping(folder / "config.json").get("total_steps")
         parts.append(f"step {int(records['step'].max())}" + (f" of {total}" if total else ""))
-    last = {kind: rows.iloc[-1] for kind, rows in records.groupby("kind")}
+    last = {kind: dict(rows.iloc[-1]) for kind, rows in records.groupby("kind")}
     step, evaluation = last.get("step", {}), last.get("eval", {})
     if "loss" in step:
         parts.append(f"loss {step['loss']:.4f}")
     if "val_loss" in evaluation:
         parts.append(f"validation loss {evaluation['val_loss']:.4f}")
-    if {"tokens_per_second", "utilization", "seconds_left"} <= set(dict(step)):
-        speed, left = step["tokens_per_second"], step["seconds_left"]
-        parts.append(f"{speed:,.0f} tokens/s, {step['utilization']:.0%} MFU")
-        if status == "running" and pd.notna(left):
+    if {"tokens_per_second", "utilization", "seconds_left"} <= set(step):
+        parts.append(f"{step['tokens_per_second']:,.0f} tokens/s, {step['utilization']:.0%} MFU")
+        if status == "running" and pd.notna(left := step["seconds_left"]):
             parts.append(f"{format_duration(left)} left")
     return " | ".join([*parts, *frame.attrs["notes"].get(run, [])])
 
 
-def texts_at(frame: pd.DataFrame, step: float = np.inf) -> list[tuple[str, str, str]]:
+def samples_at(frame: pd.DataFrame, step: float = np.inf) -> list[tuple[str, str, str]]:
     """Return the samples of each run's last evaluation up to `step`: (heading, prompt, text)."""
-    samples, found = frame[(frame["kind"] == "sample") & (frame["step"] <= step)], []
-    for last in samples.drop_duplicates("run", keep="last").to_dict("records"):
-        heading = f"{last['run']}, step {int(last['step'])}"
-        prompts, texts = last.get("prompts"), last.get("texts")
-        if isinstance(prompts, list) and isinstance(texts, list):
-            found += [(heading, *map(str, pair)) for pair in zip(prompts, texts, strict=False)]
-    return found
+    samples = frame[(frame["kind"] == "sample") & (frame["step"] <= step)]
+    last = samples.drop_duplicates("run", keep="last").to_dict("records")
+    return [(f"{row['run']}, step {int(row['step'])}", str(prompt), str(text)) for row in last
+            if isinstance(row.get("prompts"), list) and isinstance(row.get("texts"), list)
+            for prompt, text in zip(row["prompts"], row["texts"], strict=False)]
 
 
 def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
@@ -186,8 +176,7 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
         if "val_loss" in evals and len(evals := evals.dropna(subset="val_loss")):
             last, best = evals.iloc[-1], evals.loc[evals["val_loss"].idxmin()]
             scores = [last["val_loss"], last.get("val_loss_stderr"), best["val_loss"], best["step"],
-                      last.get("val_accuracy"), last.get("val_perplexity"),
-                      last.get("val_bits_per_byte")]
+                      *map(last.get, ["val_accuracy", "val_perplexity", "val_bits_per_byte"])]
         rows[run] = [int(records["step"].max()) if len(records) else 0, *scores,
                      model.get("parameter_count"), model.get("active_parameter_count"),
                      records["minutes"].max(), records["flops"].max(),
@@ -202,11 +191,11 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
 def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = True) -> pd.DataFrame:
     """Return one column per run with its parameters: all, or only those that differ."""
     configs = {run: whole_config(folder) for run, folder in named_folders(run_dirs).items()}
-    names = dict.fromkeys(name for config in configs.values() for name in config)
-    names.pop("run_name", None)
+    names = list(dict.fromkeys(name for config in configs.values() for name in config
+                               if name != "run_name"))
     columns = {run: [config.get(name, "(not given)") for name in names]
                for run, config in configs.items()}
-    table = pd.DataFrame(columns, index=list(names)).astype(object).rename_axis("parameter")
+    table = pd.DataFrame(columns, index=names).astype(object).rename_axis("parameter")
     if differences_only:  # compared as text, since a value may be a list
         table = table[[len(set(map(repr, row))) > 1 for row in table.to_numpy()]]
     return table

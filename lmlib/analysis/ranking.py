@@ -23,16 +23,15 @@ NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_
 
 def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """Return `results_table` with each run's seed, model, and the text it was evaluated on."""
-    folders, rows = frames.named_folders(run_dirs), {}
-    for run, folder in folders.items():
+    folders, rows = frames.named_folders(run_dirs), []
+    for folder in folders.values():
         config, hashes = frames.whole_config(folder), frames.environment(folder, "fingerprints")
         kept = {name: value for name, value in config.items() if name not in NOT_THE_MODEL}
         # Losses on other windows, or in other tokens, cannot be compared.
         text = [hashes.get("validation.bin"), hashes.get("tokenizer.json"),
                 config.get("sequence_length"), config.get("validation_windows")]
-        rows[run] = [config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text)]
-    found = pd.DataFrame.from_dict(rows, orient="index", dtype=object,
-                                   columns=["seed", "model", "evaluated on"])
+        rows.append([config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text)])
+    found = pd.DataFrame(rows, list(folders), ["seed", "model", "evaluated on"], dtype=object)
     found["seed"] = pd.to_numeric(found["seed"], errors="coerce")
     found["model"] = found["model"].map(_model_names(found["model"]))
     return frames.results_table(folders.values()).join(found)
@@ -52,13 +51,13 @@ def _model_names(configs: pd.Series) -> dict[str, str]:
     return names
 
 
-def states(run_dirs: Iterable[str | Path]) -> str:
+def count_states(run_dirs: Iterable[str | Path]) -> str:
     """Return how many runs are in which state, and the names of those that are not finished."""
     states = {run: run_status(folder) for run, folder in frames.named_folders(run_dirs).items()}
-    found = list(states.values())
-    counts = ", ".join(f"{found.count(state)} {state}" for state in sorted(set(found))) or "none"
+    counts = pd.Series(states, dtype=object).value_counts().sort_index()
+    counted = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
     others = [f"{run}: {state}" for run, state in states.items() if state != "finished"]
-    return "\n".join([f"{len(states)} runs: {counts}", *others])
+    return "\n".join([f"{len(states)} runs: {counted}", *others])
 
 
 def first_seeds(run_dirs: Iterable[str | Path]) -> list[Path]:
@@ -104,17 +103,17 @@ def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
     table = groups[["validation loss", *averaged]].mean()
     table["seeds"], table["spread"] = groups.size(), groups["validation loss"].std()
     table["behind the best"] = table["± 95 %"] = math.nan
-    # The last verdict that applies to a model stands.
-    table["verdict"] = "no two seeds in common: unknown"
-    table.loc[table["seeds"] == 1, "verdict"] = "one seed: unknown"
     if min(paired.shape) > 1:
-        behind, interval = (paired - paired.loc[best]).mean(axis=1), _half_interval(paired.values)
-        table["behind the best"], table.loc[behind.index, "± 95 %"] = behind, interval
-        table.loc[behind.index, "verdict"] = np.where(
-            behind > interval, "worse", "within the noise")
-    table.loc[table.index == best, ["behind the best", "± 95 %", "verdict"]] = 0.0, math.nan, "best"
-    table.loc[~table.index.isin(losses.index), "verdict"] = "other text"
-    table.loc[table.index.str.endswith(LEAKY_NAME), "verdict"] = "leaks"
+        table["behind the best"] = (paired - paired.loc[best]).mean(axis=1)
+        table.loc[paired.index, "± 95 %"] = _half_interval(paired.to_numpy())
+    models, behind = table.index, table["behind the best"]
+    table.loc[models == best, ["behind the best", "± 95 %"]] = 0.0, math.nan
+    # The first verdict that applies to a model stands.
+    table["verdict"] = np.select(
+        [models.str.endswith(LEAKY_NAME), ~models.isin(losses.index), models == best,
+         behind > table["± 95 %"], behind.notna(), table["seeds"] == 1],
+        ["leaks", "other text", "best", "worse", "within the noise", "one seed: unknown"],
+        "no two seeds in common: unknown")
     table["apart"] = table["verdict"].isin(["other text", "leaks"])
     table = table.sort_values(["apart", "validation loss"], kind="stable")[columns]
     return table.round(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, "Int64"))
@@ -143,15 +142,15 @@ def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
     """Draw each seed's last validation loss as a dot and their mean as a bar, best model on top."""
     runs, figure = finished(run_dirs), go.Figure()
     models = list(ranking(runs).index)
-    for number, model in reversed(list(enumerate(models))):  # Plotly draws upward
-        values, row = runs[runs["model"] == model]["validation loss"].tolist(), html.escape(model)
-        figures.add_line(figure, number, values, [row] * len(values), model, mode="markers",
-                         symbol=figures.shape_of(number), size=9)
-        figures.add_line(figure, number, [sum(values) / len(values)], [row], model, mode="markers",
-                         symbol="line-ns-open", size=20)
+    for number, model in reversed([*enumerate(models)]):  # Plotly draws upward
+        values = runs[runs["model"] == model]["validation loss"].tolist()
+        mean = [sum(values) / len(values)]
+        for x, symbol, size in ((values, figures.shape_of(number), 9), (mean, "line-ns-open", 20)):
+            figures.add_line(figure, number, x, [html.escape(model)] * len(x), model,
+                             mode="markers", symbol=symbol, size=size)
     title = "validation loss after the last step (nats per token), one dot per seed"
-    figures.styled(figure, height=130 + 36 * max(1, len(models)), top=20)
-    return figure.update_layout(showlegend=False, xaxis_title=title, margin={"l": 220})
+    figures.styled(figure, 130 + 36 * max(1, len(models)), 20, showlegend=False, xaxis_title=title)
+    return figure.update_layout(margin={"l": 220})
 
 
 def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
@@ -164,17 +163,17 @@ def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
         loss = steps["val_loss"]
         figures.add_line(figure, number, steps[x].mean().tolist(), loss.mean().tolist(), model,
                          error=loss.std().fillna(0).tolist())
-    figure.update_xaxes(title_text=frames.AXES[x])
-    figure.update_yaxes(title_text="validation loss (nats per token)")
-    return figures.styled(figure, height=440, top=90)
+    return figures.styled(figure, height=440, top=90, xaxis_title_text=frames.AXES[x],
+                          yaxis_title_text="validation loss (nats per token)")
 
 
-def difference(run_dirs: Iterable[str | Path]) -> str:
+def summary(run_dirs: Iterable[str | Path]) -> str:
     """Return the ranking as one sentence per model."""
     lines = []
     for model, row in ranking(run_dirs).iterrows():
-        behind = (f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
-                  if row["verdict"] in ("worse", "within the noise") else "")
-        lines.append(f"{model}: {row['validation loss']:.3f} nats over {int(row['seeds'])} "
-                     f"seed{'s' * (row['seeds'] > 1)}{behind}: {row['verdict']}")
+        seeds, behind = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}", ""
+        if row["verdict"] in ("worse", "within the noise"):
+            behind = f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
+        lines.append(f"{model}: {row['validation loss']:.3f} nats over {seeds}{behind}: "
+                     f"{row['verdict']}")
     return "\n".join(lines) or "No run is finished yet."

@@ -6,20 +6,12 @@ from lmlib.audit.causality import check_causality
 from lmlib.audit.invariance import check_batch_independence, check_cache
 from lmlib.audit.labels import check_labels
 from lmlib.audit.report import Leak, Report
-from lmlib.audit.scores import (
-    check_evaluation,
-    check_profile,
-    check_sample,
-    is_noise,
-    loss_by_overlap,
-)
+from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is_noise
 from lmlib.audit.split import check_split, check_tokenizer, check_windows
 
-__all__ = [
-    "Leak", "Report", "check_batch_independence", "check_cache", "check_causality",
-    "check_evaluation", "check_labels", "check_model", "check_profile", "check_sample",
-    "check_split", "check_tokenizer", "check_windows", "is_noise", "loss_by_overlap",
-]
+__all__ = ["Leak", "Report", "check_batch_independence", "check_cache", "check_causality",
+           "check_evaluation", "check_labels", "check_model", "check_profile", "check_sample",
+           "check_split", "check_tokenizer", "check_windows", "is_noise"]
 
 
 def check_model(model: nn.Module, sequence_length: int | None = None) -> list[Report]:

@@ -1,10 +1,8 @@
-"""Causality: no logit at position t may depend on a token after t.
+"""Causality: no logit at position t may depend on the token at s > t.
 
-Any model: the tokens from a cut on are replaced, and the logits before it must not change by more
-than TOLERANCE, in float64 too. Smooth models: the gradient of the logits at t by the embedding of
-a later token must be zero.
-
-Shapes: B batch, T positions, V vocabulary; t is the position of logits, s that of a token.
+The tokens from a cut on are replaced; the logits before it must not change by more than TOLERANCE,
+in float64 too. Of a smooth model, the gradients of logits by embeddings of later tokens must be 0.
+Shapes: B batch, T positions, V vocabulary.
 """
 
 import random
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmlib.audit.probe import Arguments, Probe, forward_hooks, receives, spread
+from lmlib.audit.probe import Arguments, Probe, embeds, forward_hooks, spread
 from lmlib.audit.report import REPEATS, TOLERANCE, Report, leaks_above, one_line
 
 MAX_LOGITS = 2**25  # of one call, 128 MiB in float32
@@ -36,39 +34,35 @@ def check_causality(model: nn.Module, vocab_size: int | None = None,
         if trial.length in refused:
             continue
         try:
-            change = trial.max_change(probe)
+            if trial.max_change(probe) > TOLERANCE:
+                suspects.append(trial)
+            tested.add(trial.length)
         except Exception as error:  # some models accept only some lengths
             if trial.length == probe.sequence_length:
                 raise
             refused[trial.length] = one_line(error)
-            continue
-        tested.add(trial.length)
-        if change > TOLERANCE:
-            suspects.append(trial)
     confirmed = confirm_in_float64(suspects, probe)
     gradients = None if quick else _gradients(probe, min(probe.sequence_length, 48))
     numbers = {"lengths": sorted(tested), "longest": probe.sequence_length, "refused": refused,
                "gradients": gradients is not None}
     if confirmed:
         return _report_leak(probe, confirmed, numbers)
-    if gradients is not None and bool((gradients > TOLERANCE).any()):
+    if gradients is not None and (gradients > TOLERANCE).any():
         leaks = leaks_above(gradients, len(gradients), "evaluation")
         shape = pattern(gradients > TOLERANCE)
         summary = (f"the logits depend on later tokens ({shape}); only gradients show it, at most "
                    f"{gradients.max():.2g} of a position's largest.")
         return Report("causality", False, summary, leaks, shape, {**numbers, "pairs": gradients})
+    also = "" if gradients is None else " and by gradients"
+    limit = f" The model does not run on windows of {_ranges(refused)}." if refused else ""
     summary = (f"no logit depends on a later token, in windows of {_ranges(tested)} tokens, in "
-               "evaluation and in training mode, by replacing tokens"
-               f"{'' if gradients is None else ' and by gradients'}.")
-    if refused:
-        summary += f" The model does not run on windows of {_ranges(refused)}."
+               f"evaluation and in training mode, by replacing tokens{also}.{limit}")
     return Report("causality", True, summary, numbers=numbers)
 
 
 @dataclass(frozen=True)
 class _Trial:
     """A window whose tokens are replaced from each of several cuts on."""
-
     length: int
     cuts: tuple[int, ...]
     mode: str = "evaluation"
@@ -83,27 +77,21 @@ class _Trial:
         return float(self.changes(probe).max())
 
     def changes(self, probe: Probe, suffix: bool = True) -> Tensor:
-        """Return how far the logits before each cut change, in standard deviations: (cuts, T).
-
-        `suffix` replaces all tokens from the cut on; without it, only the token at the cut.
-        """
-        ids = probe.draw(self.rows, self.length, self.seed)
+        """Return how far the logits before each cut change, in standard deviations: (cuts, T)."""
+        # `suffix` replaces all tokens from the cut on; without it, only the token at the cut.
+        ids, changes = probe.draw(self.rows, self.length, self.seed), []
         others, positions = probe.others(ids, self.seed + 1), torch.arange(self.length)
-        calls = MAX_LOGITS // (self.rows * self.length * probe.vocab_size) - 1
-        changes, size = [], max(1, calls) if self.together else 1
+        most = max(1, MAX_LOGITS // (self.rows * self.length * probe.vocab_size) - 1)
         # A training path may depend on gradients being enabled, though no weight requires one.
         with torch.set_grad_enabled(self.mode == "training"):
             before = None if self.together else self.logits(probe, ids)[None]
-            for cuts in torch.tensor(self.cuts).split(size):
-                cut = cuts[:, None]
+            for cut in torch.tensor(self.cuts)[:, None].split(most if self.together else 1):
                 replaced = positions >= cut if suffix else positions == cut  # (cuts, T)
-                changed = torch.where(replaced[:, None].to(ids.device), others, ids)
+                batch = torch.where(replaced[:, None].to(ids.device), others, ids)  # (cuts, B, T)
+                batch = torch.cat([ids[None], batch]) if self.together else batch
+                after = self.logits(probe, batch.flatten(0, 1)).unflatten(0, (-1, self.rows))
                 if self.together:
-                    batch = torch.cat([ids[None], changed]).flatten(0, 1)  # (rows + cuts * rows, T)
-                    logits = self.logits(probe, batch).unflatten(0, (-1, self.rows))
-                    before, after = logits[:1], logits[1:]  # (cuts, rows, T, V)
-                else:
-                    after = self.logits(probe, changed[0])[None]
+                    before, after = after[:1], after[1:]  # (cuts, B, T, V)
                 change = (after - before).abs().amax((1, 3)).detach() / spread(before)  # (cuts, T)
                 changes.append(change.cpu().double() * (positions < cut))
         return torch.cat(changes)
@@ -129,8 +117,7 @@ def _plan(T: int, use_cache: bool) -> Iterator[_Trial]:
     sizes = sorted({2**n + d for n in range(2, 11) for d in (-1, 0, 1)} & set(range(2, T)))
     for mode in [*modes, "with a cache"] if use_cache else modes:
         yield _Trial(T, _cuts(rng, T, 3), mode, rows=2, together=False)
-    for length in sizes:
-        yield _Trial(length, _cuts(rng, length, 4), seed=length)
+    yield from (_Trial(length, _cuts(rng, length, 4), seed=length) for length in sizes)
     yield _Trial(T, _cuts(rng, T, 16))
     for repeat in range(REPEATS):
         for mode in modes:
@@ -138,10 +125,8 @@ def _plan(T: int, use_cache: bool) -> Iterator[_Trial]:
     for length in reversed(sizes):
         yield _Trial(length, _cuts(rng, length, 1), "training", 2, seed=length, together=False)
     yield _Trial(T, _cuts(rng, T, T), seed=2)
-    for length in rng.sample(range(2, T), T - 2):
-        yield _Trial(length, _cuts(rng, length, 2), seed=length + 1)
-    for length in sizes:
-        yield _Trial(length, _cuts(rng, length, length), seed=length + 2)
+    yield from (_Trial(n, _cuts(rng, n, 2), seed=n + 1) for n in rng.sample(range(2, T), T - 2))
+    yield from (_Trial(length, _cuts(rng, length, length), seed=length + 2) for length in sizes)
 
 
 def _cuts(rng: random.Random, length: int, count: int) -> tuple[int, ...]:
@@ -154,46 +139,36 @@ def _cuts(rng: random.Random, length: int, count: int) -> tuple[int, ...]:
 
 def confirm_in_float64(suspects: list[_Trial], probe: Probe) -> list[_Trial]:
     """Return the trials that leak in float64 too; if 8 spread over them do, all are taken to."""
-    if not suspects:
-        return []
-    double = probe.in_float64() or probe
-
     def remains(trial: _Trial) -> bool:
         """Check the worst cut alone too: random layers may differ between rows."""
         try:
-            changes = trial.changes(double).amax(1)
-            alone = replace(trial, cuts=(trial.cuts[int(changes.argmax())],), together=False)
-            return float(changes.max()) > TOLERANCE and alone.max_change(double) > TOLERANCE
+            change, worst = trial.changes(probe.in_float64).amax(1).max(0)
+            alone = replace(trial, cuts=(trial.cuts[worst],), together=False)
+            return bool(change > TOLERANCE) and alone.max_change(probe.in_float64) > TOLERANCE
         except Exception:  # the model does not run like this in float64
             return True
 
-    few = suspects[:: -(-len(suspects) // 8)]
-    if all(remains(trial) for trial in few):
-        return suspects
-    return [trial for trial in suspects if remains(trial)]
+    few = suspects[:: max(1, -(-len(suspects) // 8))]
+    return suspects if all(map(remains, few)) else list(filter(remains, suspects))
 
 
 def _gradients(probe: Probe, length: int) -> Tensor | None:
-    """Return gradients of logits at t by the embedding at s > t, relative to the largest: (T, T).
-
-    None: the model has no token embedding, or gradients do not reach it.
-    """
+    """Return gradients of logits at t by embeddings at s > t over the largest: (T, T); or None."""
     ids, leaves = probe.draw(1, length, seed=7), []
-
-    def leaf(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        if not receives(inputs, ids):
+    def leaf(module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+        if not embeds(module, inputs, ids):
             return None
         leaves.append(output.detach().requires_grad_(True))
         return leaves[-1]
 
     try:
-        with torch.enable_grad(), forward_hooks(probe.model, leaf, nn.Embedding):
+        with torch.enable_grad(), forward_hooks(probe.model, leaf):
             logits = probe(ids)[0]  # (T, V)
             # A random combination of the logits: in their sum, dependences may cancel.
             weights = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(1))
             gradients = [torch.autograd.grad(one, leaves, retain_graph=True, allow_unused=True)
                          for one in logits @ weights.to(logits)]
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError):  # no token embedding, or one without gradients
         return None
     rows = [[part[0].norm(dim=-1) for part in parts if part is not None] for parts in gradients]
     if not all(rows):
@@ -205,16 +180,12 @@ def _gradients(probe: Probe, length: int) -> Tensor | None:
 def _report_leak(probe: Probe, trials: list[_Trial], numbers: dict[str, Any]) -> Report:
     """Report which pairs (t, s) leak, how much, in what pattern, and in which module first."""
     # The clearest example: evaluation mode, a length that fits a figure.
-    worst = max(trials, key=lambda trial: (trial.mode == "evaluation", -abs(trial.length - 256),
-                                           trial.together))
-    T, mode = worst.length, worst.mode
-    every = replace(worst, cuts=tuple(range(1, T)))
-    by_cut = every.changes(probe)  # (T - 1, T)
-    pairs = torch.zeros(T, T, dtype=torch.float64)  # (t, s)
-    pairs[:, 1:] = every.changes(probe, suffix=False).T
-    if not (pairs > TOLERANCE).any():  # no token leaks alone
-        pairs[:, 1:] = by_cut.T
-    leaks, shape = leaks_above(pairs, T, mode), pattern(pairs > TOLERANCE)
+    worst = max(trials, key=lambda x: (x.mode == "evaluation", -abs(x.length - 256), x.together))
+    T, mode, every = worst.length, worst.mode, replace(worst, cuts=tuple(range(1, worst.length)))
+    by_cut, by_token = every.changes(probe), every.changes(probe, suffix=False)  # (T - 1, T)
+    # Where no token leaks alone, those from s on may together.
+    pairs = nn.functional.pad((by_token if (by_token > TOLERANCE).any() else by_cut).T, (1, 0))
+    leaks, shape = leaks_above(pairs, T, mode), pattern(pairs > TOLERANCE)  # of (t, s)
     repeats = [replace(worst, seed=1000 + n).max_change(probe) > TOLERANCE for n in range(REPEATS)]
     module = _first_module(probe, worst, cut=1 + int(by_cut.amax(1).argmax()))
     t, s = max(leaks, key=lambda leak: leak.change)[:2]
@@ -226,12 +197,12 @@ def _report_leak(probe: Probe, trials: list[_Trial], numbers: dict[str, Any]) ->
         parts.append(f"at random, in {sum(repeats)} of {REPEATS} repetitions")
     if mode != "evaluation":
         parts.append("only in training mode" if mode == "training" else f"only {mode}")
-    lengths, tested = {trial.length for trial in trials}, len(numbers["lengths"])
-    if tested > max(4, 2 * len(lengths)):
+    lengths = {trial.length for trial in trials}
+    if len(numbers["lengths"]) > max(4, 2 * len(lengths)):
         parts.append(f"seen in windows of {_ranges(lengths)}")
     place = f" The first module that shows it: {module}." if module else ""
-    numbers = {**numbers, "pairs": pairs, "first_seen_in": module}
-    return Report("causality", False, f"{'; '.join(parts)}.{place}", leaks, shape, numbers)
+    return Report("causality", False, f"{'; '.join(parts)}.{place}", leaks, shape,
+                  {**numbers, "pairs": pairs, "first_seen_in": module})
 
 
 def pattern(leaking: Tensor) -> str:
@@ -244,42 +215,37 @@ def pattern(leaking: Tensor) -> str:
     if len(t) >= 0.9 * future.sum():
         return "whole window"
     for n in range(2, T):
-        if bool((t // n == s // n).all()):
+        if (t // n == s // n).all():
             block = places // n
             inside = future & (block[:, None] == block) & (block < max(1, T // n))
             if len(t) >= 0.8 * inside.sum():
                 return f"blocks of {n}"
-    wraps = T - int(s.min()) <= T // 4 or int(t.max()) < T // 4 or int((s - t).min()) > T // 2
-    if bool(leaking[0, T - 1]) and wraps:
+    ahead, wraps = int((s - t).max()), T - s.min() <= T // 4 or t.max() < T // 4
+    if leaking[0, T - 1] and (wraps or (s - t).min() > T // 2):
         return "wraps around: the beginning sees the end"
-    ahead = int((s - t).max())
-    band = future & (places - places[:, None] <= ahead)
-    if ahead <= T // 2 and len(t) >= 0.8 * band.sum():
-        one = "token (a mask off by one, a centered convolution)"
-        return f"the next {one if ahead == 1 else f'{ahead} tokens'}"
-    return f"positions {int(t.min())} to {int(t.max())} see tokens {int(s.min())} to {int(s.max())}"
+    if ahead <= T // 2 and len(t) >= 0.8 * future.tril(ahead).sum():
+        return ("the next token (a mask off by one, a centered convolution)" if ahead == 1
+                else f"the next {ahead} tokens")
+    return f"positions {t.min()} to {t.max()} see tokens {s.min()} to {s.max()}"
 
 
 def _first_module(probe: Probe, trial: _Trial, cut: int) -> str:
     """Return the first module whose output before the cut depends on later tokens."""
     ids = probe.draw(trial.rows, trial.length, trial.seed)
-    changed = ids.clone()
-    changed[:, cut:] = probe.others(ids, trial.seed + 1)[:, cut:]
+    changed = torch.cat([ids[:, :cut], probe.others(ids, trial.seed + 1)[:, cut:]], dim=1)
     names, outputs = {module: name for name, module in probe.model.named_modules()}, []
-
     def record(module: nn.Module, inputs: tuple, output: Any):
-        if isinstance(output, tuple):
-            output = next((part for part in output if isinstance(part, Tensor)), None)
-        if (isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == ids.shape
-                and output.is_floating_point()):
-            outputs.append((names[module], output[:, :cut].detach().clone()))
+        parts = output if isinstance(output, tuple) else (output,)
+        x = next((part for part in parts if isinstance(part, Tensor)), ids)
+        if x.is_floating_point() and x.dim() == 3 and x.shape[:2] == ids.shape:
+            outputs.append((names[module], x[:, :cut].detach().clone()))
 
     with torch.no_grad(), forward_hooks(probe.model, record):
         trial.logits(probe, ids)
         calls = len(outputs)
         trial.logits(probe, changed)
     for (name, before), (_, after) in zip(outputs[:calls], outputs[calls:], strict=False):
-        if float((after - before).abs().max()) > TOLERANCE * float(spread(before)):
+        if (after - before).abs().max() > TOLERANCE * spread(before):
             return name
     return ""
 

@@ -1,4 +1,4 @@
-"""Batch independence, and decoding with a cache against one pass without it."""
+"""Batch independence, and decoding with a cache against one pass; arguments as for `Probe`."""
 
 import torch
 from torch import Tensor, nn
@@ -10,31 +10,25 @@ from lmlib.audit.report import REPEATS, TOLERANCE, Report, leaks_above, one_line
 def check_batch_independence(model: nn.Module, vocab_size: int | None = None,
                              sequence_length: int | None = None,
                              arguments: Arguments | None = None, quick: bool = False) -> Report:
-    """Check that a row's logits do not depend on other rows, in evaluation and in training.
-
-    `quick` tries the longest window once. See `Probe` for the rest.
-    """
-    probe = Probe(model, vocab_size, sequence_length, arguments)
+    """Check that no row's logits depend on other rows; `quick` tries the longest window once."""
+    probe, suspects = Probe(model, vocab_size, sequence_length, arguments), []
     longest = probe.sequence_length
     lengths = sorted({longest, min(longest, 33), min(longest, 8)}, reverse=True)
-    suspects, leaks = [], []
     for repeat in range(1 if quick else REPEATS):
         for mode in ("evaluation", "training"):
             tried = [longest] if repeat or quick else [n for n in lengths if not probe.problem(n)]
             for length in tried:
                 trial = (length, mode, 300 + repeat, 9 if length <= 33 and not quick else 4)
-                if float(_row_changes(probe, *trial).max()) > TOLERANCE:
+                if _row_changes(probe, *trial).max() > TOLERANCE:
                     suspects.append(trial)
-    double = (probe.in_float64() or probe) if suspects else probe
-    for length, mode, seed, rows in suspects:
-        leaks += leaks_above(_row_changes(double, length, mode, seed, rows), length, mode)
+    leaks = [leak for trial in suspects
+             for leak in leaks_above(_row_changes(probe.in_float64, *trial), *trial[:2])]
     if not leaks:
         return Report("batch independence", True,
                       "a row's logits do not depend on the other rows of its batch.")
     modes = " and ".join(sorted({leak.mode for leak in leaks}))
-    most = max(leak.change for leak in leaks)
     summary = (f"a row's logits depend on the other rows of its batch, in {modes} mode, by up to "
-               f"{most:.2g} standard deviations.")
+               f"{max(leak.change for leak in leaks):.2g} standard deviations.")
     return Report("batch independence", False, summary, leaks, "rows mix")
 
 
@@ -54,36 +48,30 @@ def _row_changes(probe: Probe, length: int, mode: str, seed: int, rows: int) -> 
 
 def check_cache(model: nn.Module, vocab_size: int | None = None,
                 sequence_length: int | None = None, arguments: Arguments | None = None) -> Report:
-    """Check that decoding with a cache gives the logits of one pass; see `Probe` for the arguments.
-
-    Knows the caches of lmlib (`new_cache`) and of transformers (`use_cache`).
-    """
+    """Check that decoding with a cache gives the logits of one pass without it."""
     probe = Probe(model, vocab_size, sequence_length, arguments)
-    names = ("past_key_values", "cache_params") if "use_cache" in probe.accepts else ()
-    cache_name = next((name for name in names if name in probe.accepts), "")
+    # The caches of transformers are arguments of forward, those of lmlib come from new_cache().
+    cache_name = next((name for name in ("past_key_values", "cache_params")
+                       if {name, "use_cache"} <= probe.accepts.keys()), "")
     if not cache_name and not hasattr(probe.model, "new_cache"):
         return Report("cache", None, "the model has neither new_cache() nor use_cache.")
     length = min(probe.sequence_length, 40)
-    half, third = length // 2, length // 3
     plans = {"token by token": [1] * length,
-             "a prompt, then token by token": [half] + [1] * (length - half),
-             "in pieces": [third, third, length - 2 * third]}
-    failed, wrong, double = {}, {}, None
+             "a prompt, then token by token": [length // 2] + [1] * (length - length // 2),
+             "in pieces": [length // 3] * 2 + [length - 2 * (length // 3)]}
+    failed, wrong = {}, {}
     for name, pieces in plans.items():
         try:
             changes = _cache_changes(probe, length, pieces, cache_name)
         except Exception as error:  # some caches accept one token at a time
             failed[name] = one_line(error)
             continue
-        if float(changes.max()) > TOLERANCE:
-            double = double or probe.in_float64() or probe
-            changes = _cache_changes(double, length, pieces, cache_name)
-        if float(changes.max()) <= TOLERANCE:
-            continue
-        if name == "in pieces" and not wrong:  # generation does not need it, and few models can
-            failed[name] = "its logits differ"
-        else:
+        if changes.max() > TOLERANCE:
+            changes = _cache_changes(probe.in_float64, length, pieces, cache_name)
+        if not changes.max() <= TOLERANCE:  # NaN is wrong too
             wrong[name] = changes
+    if list(wrong) == ["in pieces"]:  # generation does not need it, and few models can
+        failed["in pieces"], wrong = "its logits differ", {}
     if len(failed) == len(plans):
         return Report("cache", None, f"decoding with the cache fails ({failed['token by token']}).")
     if not wrong:
@@ -98,21 +86,18 @@ def check_cache(model: nn.Module, vocab_size: int | None = None,
 
 
 def _cache_changes(probe: Probe, length: int, pieces: list[int], cache_name: str) -> Tensor:
-    """Return how far logits that are decoded in pieces of these lengths differ from one pass: (T,).
-
-    In standard deviations. The cache is the argument `cache_name` of forward, or lmlib's if "".
-    """
-    ids, logits = probe.draw(2, length, seed=11), []
+    """Return how far logits decoded in pieces are from one pass's: (T,), in standard deviations."""
+    ids, logits, cache = probe.draw(2, length, seed=11), [], None
+    ours = hasattr(probe.model, "new_cache")
     with torch.no_grad():
         whole = probe(ids)
-        ours = hasattr(probe.model, "new_cache")
-        cache = probe.model.new_cache(*ids.shape) if ours else None
+        if ours:
+            cache = probe.model.new_cache(*ids.shape)
         for piece in ids.split([size for size in pieces if size], dim=1):
             if ours:
                 output = probe.model(piece, cache)
             else:
-                given = {} if cache is None else {cache_name: cache}
-                output = probe.forward(piece, use_cache=True, **given)
+                output = probe.forward(piece, use_cache=True, **{cache_name: cache})
                 pair = isinstance(output, tuple)
                 cache = output[1] if pair else getattr(output, cache_name, None)
                 if cache is None:

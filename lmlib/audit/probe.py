@@ -1,13 +1,11 @@
-"""Call any model from token ids to logits, on a copy that the checks may change.
-
-Shapes: B batch, T positions, V vocabulary.
-"""
+"""Call a copy of any model: from ids (B rows, T positions) to logits (B, T, V vocabulary)."""
 
 import copy
 import inspect
 import random
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,28 +19,19 @@ Arguments = Callable[[Tensor], dict[str, Any]]  # ids (B, T) -> further argument
 WINDOW = 256  # the longest window that is tried unless the caller asks for more
 LENGTH_NAMES = ("sequence_length", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len",
                 "block_size", "context_length", "seq_len", "max_length")
-
 KNOWN_ARGUMENTS = {  # required arguments of forward that can be made from ids (B, T)
-    "attention_mask": torch.ones_like,
-    "token_type_ids": torch.zeros_like,
-    "position_ids": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
-    "targets": lambda ids: ids,
-}
+    "attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like,
+    "position_ids": lambda ids: torch.ones_like(ids).cumsum(1) - 1, "targets": lambda ids: ids}
 
 
 class Probe:
     """Call a copy of a model, always in the same way: `probe(ids)` returns logits (B, T, V).
 
-    Args:
-        model: any module from ids to logits, returned alone, first in a tuple, or as `.logits`.
-        vocab_size: ids are drawn below it. None: what the model says.
-        sequence_length: the longest window. None: what the model says, at most WINDOW.
-        arguments: what forward needs besides ids, by name, computed from ids.
-
-    Raises:
-        ValueError: the model cannot be called; the message says what to pass.
+    The model returns logits alone, first in a tuple, or as `.logits`. `vocab_size` (ids are drawn
+    below it) and `sequence_length` (the longest window) are what the model says unless given, the
+    length at most WINDOW. `arguments` computes from ids what forward needs besides them, by name.
+    A model that cannot be called raises ValueError, which says what to pass.
     """
-
     def __init__(self, model: nn.Module, vocab_size: int | None = None,
                  sequence_length: int | None = None, arguments: Arguments | None = None,
                  dtype: torch.dtype = torch.float32):
@@ -57,13 +46,20 @@ class Probe:
         self.device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self.accepts = inspect.signature(model.forward).parameters
         self.arguments = arguments or (lambda ids: {})
-        self.required = [] if arguments else _required_arguments(model, self.accepts)
-        self.padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        required = [name for name, parameter in list(self.accepts.items())[1:]  # the first is ids
+                    if parameter.default is parameter.empty and "VAR" not in parameter.kind.name]
+        self.required = [] if arguments else required
+        if unknown := [name for name in self.required if name not in KNOWN_ARGUMENTS]:
+            raise ValueError(f"{type(model).__name__}.forward needs {', '.join(unknown)} besides "
+                             f"ids: pass arguments=lambda ids: {{{unknown[0]!r}: ...}}.")
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self.padding = -1 if padding is None else padding
         self.order = None  # of the dimensions of the logits, once they are known
         self.vocab_size = vocab_size or 2  # ids 0 and 1 are valid in any vocabulary
         self.sequence_length = self._find_length(sequence_length)
         self.vocab_size = vocab_size or self._find_vocab_size()
-        self.padding = None if self.vocab_size <= 2 else self.padding
+        if self.vocab_size == 2:
+            self.padding = -1  # both ids are needed
 
     def __call__(self, ids: Tensor, training: bool = False, seed: int = 0,
                  cached: bool = False) -> Tensor:
@@ -89,7 +85,14 @@ class Probe:
 
     def to_logits(self, output: Any, shape: torch.Size) -> Tensor:
         """Return the logits (B, T, V) in the model's output for ids of this shape (B, T)."""
-        (B, T), logits = shape, _logits_in(output)
+        (B, T), logits = shape, getattr(output, "logits", output)
+        if isinstance(logits, dict):
+            logits = logits.get("logits", logits)
+        elif isinstance(logits, tuple | list):
+            tensors = (part for part in logits if isinstance(part, Tensor) and part.dim() >= 2)
+            logits = next(tensors, logits)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise ValueError(f"The model gave a {type(logits).__name__} where logits are needed.")
         if logits.dim() == 2 and len(logits) == B * T:
             return logits.view(B, T, -1)
         orders = ((0, 1, 2), (1, 0, 2), (0, 2, 1)) if logits.dim() == 3 else ()  # models' layouts
@@ -101,15 +104,16 @@ class Probe:
             self.order = fits[0]
         return logits.permute(self.order if self.order in fits else fits[0])
 
-    def in_float64(self) -> "Probe | None":
-        """Return a probe of the model in float64; None if the model does not run in it."""
+    @cached_property
+    def in_float64(self) -> "Probe":
+        """Make a probe of the model in float64, or this one if the model does not run in it."""
         try:
             probe = Probe(*self.made_from, dtype=torch.float64)
             if hasattr(probe.model, "set_experts_implementation"):
                 probe.model.set_experts_implementation("eager")  # grouped products lack float64
-            return None if probe.problem(probe.sequence_length) else probe
+            return self if probe.problem(probe.sequence_length) else probe
         except Exception:  # a model may raise anything
-            return None
+            return self
 
     def draw(self, rows: int, length: int, seed: int) -> Tensor:
         """Return random ids (rows, length); odd seeds use 8 tokens, so that they recur."""
@@ -121,13 +125,11 @@ class Probe:
         """Return random ids that differ from `ids` at every position."""
         generator = torch.Generator().manual_seed(seed)
         offset = torch.randint(1, self.vocab_size, ids.shape, generator=generator).to(ids.device)
-        changed, following = (self._without_padding((ids + n) % self.vocab_size)
-                              for n in (offset, 1))
+        changed = self._without_padding((ids + offset) % self.vocab_size)
+        following = self._without_padding((ids + 1) % self.vocab_size)
         return torch.where(changed == ids, following, changed)
 
     def _without_padding(self, ids: Tensor) -> Tensor:  # models may mask padding
-        if self.padding is None:
-            return ids
         return torch.where(ids == self.padding, (self.padding + 1) % self.vocab_size, ids)
 
     def problem(self, length: int) -> str | None:
@@ -146,7 +148,14 @@ class Probe:
 
     def _find_length(self, requested: int | None) -> int:
         """Return the longest window to check: the requested one, or the first that runs."""
-        for length in [requested] if requested else _possible_lengths(self.model):
+        owners = (self.model, getattr(self.model, "config", None))
+        said = [getattr(owner, name, None) for owner in owners for name in LENGTH_NAMES]
+        said = [min(size, WINDOW) for size in said if isinstance(size, int) and size > 1]
+        # What a model does not say, the sizes of its position tables and stored masks may.
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        sizes = {WINDOW, 64, 16, 4, *(size for tensor in tensors for size in tensor.shape)}
+        guesses = sorted((size for size in sizes if 1 < size <= WINDOW), reverse=True)
+        for length in [requested] if requested else dict.fromkeys([*said, *guesses]):
             if not (problem := self.problem(length)):
                 return length
         raise ValueError(f"The model does not run on a window of {length} tokens ({problem}). Pass "
@@ -159,51 +168,42 @@ class Probe:
         size = getattr(config, "vocab_size", None) or getattr(self.model, "vocab_size", None)
         if isinstance(size, int) and size > 1:
             return size
-        ids, sizes = self.draw(1, self.sequence_length, seed=0), []
-
-        def record_rows(module: nn.Module, inputs: tuple, output: Tensor):
-            if receives(inputs, ids):
-                sizes.append(module.num_embeddings)
-
-        with torch.no_grad(), forward_hooks(self.model, record_rows, nn.Embedding):
-            sizes.append(self(ids).shape[-1])
-        self.vocab_size = min(sizes)
+        ids, calls = self.draw(1, self.sequence_length, seed=0), []
+        with torch.no_grad(), forward_hooks(self.model, lambda *call: calls.append(call[:2])):
+            width = self(ids).shape[-1]
+        rows = [module.num_embeddings for module, inputs in calls if embeds(module, inputs, ids)]
+        self.vocab_size = min([width, *rows])
         if self.vocab_size < 2 or self.problem(self.sequence_length):
             raise ValueError("The model does not say its vocabulary size: pass vocab_size=N.")
         return self.vocab_size
 
 
 @contextmanager
-def forward_hooks(model: nn.Module, hook: Callable, kind: type = nn.Module):
-    """Call hook(module, inputs, output) after each forward of the modules of a kind."""
-    handles = [module.register_forward_hook(hook)
-               for module in model.modules() if isinstance(module, kind)]
-    try:
+def forward_hooks(model: nn.Module, hook: Callable):
+    """Call hook(module, inputs, output) after each forward of each module."""
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def receives(inputs: tuple, ids: Tensor) -> bool:
-    """Check whether a module's first input is ids, in any shape."""
-    return (bool(inputs) and isinstance(inputs[0], Tensor)
+def embeds(module: nn.Module, inputs: tuple, ids: Tensor) -> bool:
+    """Check whether a module embeds ids, in any shape."""
+    return (isinstance(module, nn.Embedding) and bool(inputs) and isinstance(inputs[0], Tensor)
             and torch.equal(inputs[0].flatten().to(ids.device), ids.flatten()))
 
 
 @contextmanager
 def fixed_rng(device: torch.device, seed: int):
     """Seed the RNGs of torch, numpy and Python, and restore their states afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    cuda = [device] if device.type == "cuda" else []
+    with ExitStack() as restore, torch.random.fork_rng(cuda):
+        restore.callback(random.setstate, random.getstate())
+        restore.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        yield
 
 
 def spread(logits: Tensor) -> Tensor:
@@ -216,62 +216,24 @@ def spread(logits: Tensor) -> Tensor:
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a frozen copy in float32 or better, whose all-zero tensors are random."""
-    if any(tensor.is_meta for tensor in model.parameters()):
+    original = list(model.parameters())
+    if any(tensor.is_meta for tensor in original):
         raise ValueError("The model is on the meta device; load its weights first.")
-    addresses = {tensor.data_ptr() for tensor in model.parameters() if tensor.numel()}
     try:
         model = copy.deepcopy(model)
     except Exception as error:
         raise ValueError(f"The audit needs a copy, and copying failed ({error}).") from error
-    if addresses & {tensor.data_ptr() for tensor in model.parameters() if tensor.numel()}:
+    if any(a.numel() and a.data_ptr() == b.data_ptr()
+           for a, b in zip(original, model.parameters(), strict=False)):
         raise ValueError("The audit needs a copy, and this model's copy shares its tensors.")
-    half = (torch.float16, torch.bfloat16)
-    if dtype == torch.float64 or any(tensor.dtype in half for tensor in model.parameters()):
+    if dtype == torch.float64 or any(x.dtype in (torch.float16, torch.bfloat16) for x in original):
         model.to(dtype)
+    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # layers that start at zero output would hide any leak inside them
         for tensor in model.parameters():
-            tensor.requires_grad_(False)
-            if not tensor.is_floating_point() or not tensor.numel() or tensor.any():
-                continue
-            if tensor.dim():
-                noise = torch.randn(tensor.shape, generator=generator)
-                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-            else:
-                tensor.fill_(0.5)
+            if tensor.is_floating_point() and tensor.numel() and not tensor.any():
+                shape = tensor.shape
+                tensor.copy_(torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+                             if shape else torch.tensor(0.5))
     return model
-
-
-def _required_arguments(model: nn.Module, accepts: Any) -> list[str]:
-    """Return the names of the arguments that forward requires besides its first, the ids."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [name for name, p in list(accepts.items())[1:]
-                if p.kind not in variadic and p.default is inspect.Parameter.empty]
-    if unknown := [name for name in required if name not in KNOWN_ARGUMENTS]:
-        raise ValueError(f"{type(model).__name__}.forward needs {', '.join(unknown)} besides ids: "
-                         f"pass arguments=lambda ids: {{{unknown[0]!r}: ...}}.")
-    return required
-
-
-def _possible_lengths(model: nn.Module) -> list[int]:
-    """Return the lengths that a model says, then those of position tables and stored masks."""
-    owners = (model, getattr(model, "config", None))
-    said = [getattr(owner, name, None) for owner in owners for name in LENGTH_NAMES]
-    said = [min(size, WINDOW) for size in said if isinstance(size, int) and size > 1]
-    sizes = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
-    guesses = sorted((n for n in {WINDOW, 64, 16, 4, *sizes} if 1 < n <= WINDOW), reverse=True)
-    return list(dict.fromkeys([*said, *guesses]))
-
-
-def _logits_in(output: Any) -> Tensor:
-    """Return the logits in a model's output."""
-    if isinstance(output, dict) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list):
-        tensors = (part for part in output if isinstance(part, Tensor) and part.dim() >= 2)
-        output = next(tensors, output)
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        raise ValueError(f"The model gave a {type(output).__name__} where logits are needed.")
-    return output

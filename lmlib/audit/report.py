@@ -15,7 +15,6 @@ REPEATS = 8  # a leak that shows in every second call escapes so many calls once
 
 class Leak(NamedTuple):
     """Logits at position t depend on the token at s (batch independence: row t on row s)."""
-
     t: int
     s: int
     change: float  # in standard deviations of the logits
@@ -26,7 +25,6 @@ class Leak(NamedTuple):
 @dataclass(frozen=True)
 class Report:
     """The result of one check; `passed` is None if the check could not be made."""
-
     check: str
     passed: bool | None
     summary: str

@@ -15,15 +15,13 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
                      windows: Tensor) -> Report:
     """Check that an evaluation is deterministic, in evaluation mode, and scores every window.
 
-    Args:
-        evaluate: the mean loss of (model, windows); it may change the model's mode.
-        windows: held-out windows (W, T + 1), four or more.
+    `evaluate` returns the mean loss of (model, windows) and may change the model's mode; `windows`
+    are four or more held-out ones, (W, T + 1).
     """
     if len(windows) < 4:
         raise ValueError(f"check_evaluation needs four windows or more, not {len(windows)}.")
     modes = {module: module.training for module in model.modules()}
     device = next((tensor.device for tensor in model.parameters()), windows.device)
-
     def score(rows: Tensor, training: bool = False, seed: int = 0) -> float:
         model.train(training)
         with fixed_rng(device, seed), torch.no_grad():
@@ -31,8 +29,7 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
 
     try:
         loss, first, second = score(windows), score(windows, True, 1), score(windows, True, 2)
-        changed = windows.clone()
-        changed[-1] = windows[0].flip(0)
+        changed = torch.cat([windows[:-1], windows[:1].flip(1)])
         unchanged, differs = score(changed) == loss, score(windows[-1:]) != score(changed[-1:])
     finally:
         for module, training in modes.items():
@@ -40,10 +37,9 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
     tolerance, fault = 1e-6 * max(1.0, abs(loss)), ""
     random = abs(first - second) > tolerance
     if random or abs(loss - first) > tolerance:
-        fault = "in training mode"
+        fault, why = "in training mode", "its layers use batch statistics"
         summary = (f"the model is scored in training mode: {loss:.6f} in evaluation mode, then "
-                   f"{first:.6f} and {second:.6f}; "
-                   f"{'it is random (dropout)' if random else 'its layers use batch statistics'}.")
+                   f"{first:.6f} and {second:.6f}; {'it is random (dropout)' if random else why}.")
     elif unchanged and differs:
         fault = "first batches only"
         summary = f"the last of {len(windows)} windows does not change the score."
@@ -71,14 +67,11 @@ def is_noise(loss: float, stderr: float, other: float, other_stderr: float) -> b
 
 
 def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[float]) -> Report:
-    """Check that loss (nats) and accuracy by position look like a causal model's.
-
-    Without a causal mask, a model sees the answer at every position but the last. Its accuracy over
-    L positions is (L - 1 + p) / L, its loss the last position's over L. A model that has memorized
-    the text pays for the first positions, which locate the passage, and for no others.
-    """
-    losses, accuracy = (torch.as_tensor(list(values), dtype=torch.float64)
-                        for values in (losses, accuracy))
+    """Check that loss (nats) and accuracy by position look like a causal model's."""
+    # Without a causal mask, a model sees the answer at every position but the last. Its accuracy
+    # over L positions is (L - 1 + p) / L, its loss the last position's over L. A model that has
+    # memorized the text pays for the first positions, which locate the passage, and for no others.
+    losses, accuracy = (torch.as_tensor(list(x), dtype=torch.float64) for x in (losses, accuracy))
     if losses.dim() != 1 or losses.shape != accuracy.shape or len(losses) < 4:
         raise ValueError("check_profile needs loss and accuracy at each of four positions or more.")
     L, first, last, p = len(losses), float(losses[0]), float(losses[-1]), float(accuracy[-1])
@@ -91,11 +84,11 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
                    f"So accuracy is ({L} - 1 + {p:.2f}) / {L} = {(L - 1 + p) / L:.2%} (measured: "
                    f"{correct:.2%}) and loss {last:.2f} / {L} = {last / L:.4f} (measured: "
                    f"{loss:.4f}).")
-    elif first < 0.5 and float(accuracy[0]) > 0.9:
+    elif first < 0.5 and accuracy[0] > 0.9:
         fault = "answers are seen"
         summary = (f"after one token the model predicts the next ({accuracy[0]:.0%} correct, "
                    f"{first:.2f} nats): it sees the answer, or the text is trivial.")
-    elif float(losses[L // 2 : -1].mean()) < 0.05:
+    elif losses[L // 2 : -1].mean() < 0.05:
         fault, start = "memorized", int((losses > 0.5).nonzero().max()) + 1
         summary = (f"memorized training text: the first {start} positions cost "
                    f"{losses[:start].sum():.1f} nats a window (to locate the passage), the other "
@@ -109,9 +102,6 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
 
 
 def loss_by_overlap(losses: Tensor, shared: Tensor) -> dict[str, float]:
-    """Return the mean loss of `all` tokens, of `new` and `shared` ones, and the `share` of these.
-
-    Both arguments are (W, T): a loss (nats) for each token, and whether training text contains it.
-    """
+    """Return the mean loss of `all`, `new` and `shared` tokens (W, T), and the `share` of these."""
     return {"all": float(losses.mean()), "new": float(losses[~shared].mean()),
             "shared": float(losses[shared].mean()), "share": float(shared.double().mean())}

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -16,7 +15,6 @@ from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 from lmlib.cli.train import load_config
-from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT, atomic_write
 from lmlib.text import printable
 
@@ -25,16 +23,23 @@ def notebook(options: argparse.Namespace) -> int:
     """Check every parameter, then execute notebooks/train.ipynb into the run's folder."""
     config = load_config(options)
     from lmlib.run.start import find_start  # imports torch
-
     executed = config.run_dir.absolute() / "train.ipynb"
     if find_start(config).results and executed.exists():
         print(f"{config.run_dir} is finished: {config.total_steps} steps; {executed.name} is left "
               "as it is.\nTo continue, raise total_steps; to start over, choose another run_name.")
         return 0
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    papermill_io.register(str(executed), AtomicHandler())
     try:
-        with _stop_on_ctrl_c(config.run_dir):
-            _execute(config, executed)
+        # Sockets in a private folder: other users of the machine could connect to TCP ports.
+        with tempfile.TemporaryDirectory() as sockets, _stop_on_ctrl_c(config.run_dir):
+            manager = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                PROJECT_ROOT / "notebooks" / "train.ipynb", executed, config.to_dict(),
+                cwd=str(PROJECT_ROOT), config=Config({"KernelManager": manager}),
+                progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                autosave_cell_every=10,  # seconds; what a kill leaves of the notebook
+                extra_arguments=["--log-level=50"])  # the kernel's end would be logged as a failure
     except papermill.PapermillExecutionError as error:
         print(f"{error.ename}: {printable(error.evalue)}\nThe notebook so far: {executed}",
               file=sys.stderr)
@@ -43,8 +48,7 @@ def notebook(options: argparse.Namespace) -> int:
         print("The notebook's kernel died (out of memory?). Run the same command to resume. "
               f"The notebook so far: {executed}", file=sys.stderr)
         return 1
-    print(f"\nEverything is in {config.run_dir}: "
-          "open train.ipynb or training_curves.html there.")
+    print(f"\nEverything is in {config.run_dir}: open train.ipynb or training_curves.html there.")
     return 0
 
 
@@ -56,31 +60,17 @@ class AtomicHandler(LocalHandler):
             super().write(buf, str(draft))
 
 
-def _execute(config: RunConfig, executed: Path):
-    papermill_io.register(str(executed), AtomicHandler())
-    with tempfile.TemporaryDirectory() as sockets:
-        # Sockets in a private folder: other users of the machine could connect to TCP ports.
-        manager = {"transport": "ipc", "ip": f"{sockets}/kernel"}
-        papermill.execute_notebook(
-            PROJECT_ROOT / "notebooks" / "train.ipynb", executed, parameters=config.to_dict(),
-            cwd=str(PROJECT_ROOT), progress_bar=False, log_output=True,
-            stdout_file=sys.stdout, stderr_file=sys.stderr,
-            autosave_cell_every=10,  # seconds; what a kill leaves of the notebook
-            extra_arguments=["--log-level=50"],  # the kernel's end would be logged as a failure
-            config=Config({"KernelManager": manager}))
-
-
 @contextmanager
 def _stop_on_ctrl_c(run_dir: Path) -> Iterator[None]:
     """Turn the first Ctrl-C into a request to save and stop; a second one interrupts."""
-    ended = threading.Event()
+    stop, ended = run_dir / "stop", threading.Event()
 
     def request_stop():
         # Again and again: a run that is only starting deletes a stop file as an old one.
         while not ended.wait(0.5):
-            (run_dir / "stop").touch()
+            stop.touch()
 
-    def on_interrupt(number: int, frame: Any):
+    def on_interrupt(*_: object):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step (Ctrl-C again: now).", file=sys.stderr)
         threading.Thread(target=request_stop, daemon=True).start()
@@ -90,5 +80,5 @@ def _stop_on_ctrl_c(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        (run_dir / "stop").unlink(missing_ok=True)
+        stop.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, before)

@@ -2,7 +2,7 @@
 
 import argparse
 import signal
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
@@ -14,45 +14,42 @@ def sweep(options: argparse.Namespace) -> int:
     """Train every combination of the given values; return 1 if a run failed."""
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
-    if short := [given[0] for given in options.p if len(given) < 2]:
-        raise ValueError(f"-p {short[0]} has no value: write -p NAME VALUE, or several values, "
-                         "as in -p seed 0 1 2")
-    grid: dict[str, list[Any]] = {}
+    hints, grid = get_type_hints(RunConfig), {}
     for name, *values in options.p:
-        parsed = [parse_overrides([(name, value)], get_type_hints(RunConfig)) for value in values]
-        grid.setdefault(name, []).extend(override[name] for override in parsed)
+        if not values:
+            raise ValueError(f"-p {name} has no value: write -p NAME VALUE, or several values, as "
+                             "in -p seed 0 1 2")
+        parsed = [parse_overrides([(name, value)], hints)[name] for value in values]
+        grid[name] = grid.get(name, []) + parsed
     from lmlib.sweep.grid import plan
-
     return _train_all(plan(options.params, grid), options.jobs)
 
 
 def _train_all(configs: list[RunConfig], jobs: int | None) -> int:
     """Train the runs of a sweep and print how each ended; return 1 if one failed."""
     from lmlib.analysis import ranking
-    from lmlib.sweep.launch import sweep
-
+    from lmlib.sweep import launch
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folders = sorted({str(config.run_dir.parent) for config in configs})
     print(f"{len(configs)} runs in {', '.join(folders)}.", flush=True)
-    failed = 0
-    for number, outcome in enumerate(sweep(configs, jobs), 1):
-        failed += outcome.state == "failed"
-        reason = f": {printable(outcome.said)}" if outcome.state == "failed" else ""
+    states = []
+    for number, outcome in enumerate(launch.sweep(configs, jobs), 1):
+        states.append(outcome.state)
+        reason = f": {printable(outcome.message)}" if outcome.state == "failed" else ""
         print(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{reason}",
               flush=True)
     finished = [c.run_dir for c in configs if (c.run_dir / "results.json").exists()]
-    print("\n" + ranking.difference(finished))
-    return 1 if failed else 0
+    print("\n" + ranking.summary(finished))
+    return int("failed" in states)
 
 
 def find_rate(options: argparse.Namespace) -> int:
     """Print the losses of a range test and the rates that it suggests; train them if asked."""
     config = load_config(options)
     from lmlib.sweep.learning_rate import candidates, find_learning_rate  # imports torch
-
     found = find_learning_rate(config)
     every = max(1, len(found.factors) // 20)  # about 20 lines
-    for factor, loss in list(zip(found.factors, found.losses, strict=True))[::every]:
+    for factor, loss in zip(found.factors[::every], found.losses[::every], strict=True):
         print(f"{factor:8.3g} x the recipe's learning rates: loss {loss:.4f}")
     if not found.suggestion:
         raise ValueError("The loss fell at no learning rate, so there is nothing to suggest.")

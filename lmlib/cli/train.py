@@ -11,7 +11,7 @@ from lmlib.parameters import parse_overrides, read_parameters
 def load_config(options: argparse.Namespace) -> RunConfig:
     """Return the configuration that a recipe and its -p options describe."""
     overrides = parse_overrides(options.p, get_type_hints(RunConfig))
-    return RunConfig(**{**read_parameters(options.params), **overrides})
+    return RunConfig(**read_parameters(options.params) | overrides)
 
 
 def train(options: argparse.Namespace):
@@ -20,7 +20,6 @@ def train(options: argparse.Namespace):
     from lmlib import training  # imports torch, which an invalid parameter should not wait for
     from lmlib.run.records import describe
     from lmlib.run.start import find_start, greeting
-
     start = find_start(config)
     print(greeting(start), flush=True)
     if start.results:
@@ -31,6 +30,5 @@ def train(options: argparse.Namespace):
     except KeyboardInterrupt:
         with contextlib.suppress(ModuleNotFoundError):  # drawing needs the notebook packages
             from lmlib.analysis import figures
-
             figures.save_curves(config.run_dir)
         raise

@@ -15,7 +15,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train byte-level BPE of up to `vocab_size` tokens, the end-of-text token included."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -28,33 +27,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer in a folder or of a Hugging Face id.
-
-    Raises:
-        ValueError: there is none, or it has no end-of-text token to put between documents.
-    """
+    """Load the tokenizer in a folder or of a Hugging Face id; ValueError if it is unusable."""
     import transformers
-
-    folder = resolve_path(name)
-    source = folder if folder.is_dir() else name
+    source = resolve_path(name) if resolve_path(name).is_dir() else name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"The tokenizer {name} cannot be loaded from a folder or from "
                          f"Hugging Face: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {name} has no end-of-text token (eos_token) to put "
-                         "between documents.")
+        raise ValueError(f"The tokenizer {name} has no end-of-text token (eos_token), which must "
+                         "end each document.")
     return tokenizer
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:
-    """Count the UTF-8 bytes of each token's text: (vocab_size,) int64.
-
-    Special tokens and unused embedding rows have 0.
-    """
-    sizes = torch.zeros(vocab_size, dtype=torch.int64)
-    special = set(tokenizer.all_special_ids)
+    """Count the UTF-8 bytes of each token's text, 0 for special and unused ids: (vocab_size,)."""
+    sizes, special = torch.zeros(vocab_size, dtype=torch.int64), set(tokenizer.all_special_ids)
     decoder = tokenizer.backend_tokenizer.decoder
     byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

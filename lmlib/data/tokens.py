@@ -19,17 +19,13 @@ SPLIT = 2**32 - 1  # in place of an epoch, for the permutation that splits overl
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The memory-mapped tokens of a run's training and validation splits.
-
-    `info` is store.json: tokens, documents and bytes of each split, and the SHA-256 of every file.
-    """
-
+    """The memory-mapped tokens of a run's training and validation splits."""
     config: RunConfig
     folder: Path
     train: np.ndarray  # (tokens,) uint8, uint16 or uint32
     validation: np.ndarray
     tokenizer: Any
-    info: dict[str, Any]
+    info: dict[str, Any]  # store.json: size of each split, SHA-256 of every file
 
     @property
     def vocab_size(self) -> int:
@@ -38,25 +34,23 @@ class TokenStore:
 
     def describe(self) -> str:
         """Describe the two splits in a few lines."""
-        lines = [f"{self.config.corpus}, in tokens of a vocabulary of {len(self.tokenizer):,}"]
-        for split in ("training", "held-out"):
+        lines = [f"{self.config.corpus}, tokenized with a vocabulary of {len(self.tokenizer):,}"]
+        for name, split in (("training", "training"), ("validation", "held-out")):
             count = self.info[split]
-            lines.append(f"{split:>9}: {count['documents']:>9,} documents "
+            lines.append(f"{name:>10}: {count['documents']:>9,} documents "
                          f"{count['bytes']:>15,} bytes {count['tokens']:>13,} tokens")
-        return "\n".join([*lines, f"{self.info['held_out_share']:.1%} of the tokens are held out."])
+        return "\n".join([*lines, f"{self.info['held_out_share']:.1%} of the tokens: validation"])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of update `step` (1, 2, ...): (B, T), (B, T) int64.
-
-        A function of (seed, step) alone: training resumes at any step without other state. Each
-        epoch visits every window once, in an order of its own.
-        """
+        """Return inputs and targets of update `step` (1, 2, ...): (B, T), (B, T) int64."""
         starts = self.starts(self.window_indices(step))
         rows = windows(self.train, starts, self.config.sequence_length)  # (B, T + 1)
         return rows[:, :-1], rows[:, 1:]
 
     def window_indices(self, step: int) -> np.ndarray:
         """Return which training windows are in the batch of `step`: (B,)."""
+        # A function of (seed, step) alone: training resumes at any step without other state. Each
+        # epoch visits every window once, in an order of its own.
         c, count = self.config, self.window_count()
         draws = np.arange((step - 1) * c.batch_size, step * c.batch_size)
         epochs, draws = np.divmod(draws, count)  # a batch may cross the end of an epoch
@@ -67,8 +61,7 @@ class TokenStore:
         """Return the windows of every evaluation, sampled once by the seed: (W, T + 1) int64."""
         c, count = self.config, self.window_count(held_out=True)
         indices = permute(np.arange(min(c.validation_windows, count)), count, c.seed, 0)
-        starts = sorted(self.starts(indices, held_out=True))
-        return windows(self.validation, starts, c.sequence_length)
+        return windows(self.validation, sorted(self.starts(indices, True)), c.sequence_length)
 
     def texts(self, held_out: bool) -> list[str]:
         """Decode the documents of a split; with `split: windows` both splits hold them all."""
@@ -87,13 +80,11 @@ class TokenStore:
         return validation if held_out else count - validation
 
     def starts(self, indices: np.ndarray, held_out: bool = False) -> np.ndarray:
-        """Return the first token of each window: (W,) -> (W,).
-
-        With `split: windows` a permutation assigns all overlapping windows to the splits at random.
-        """
+        """Return the first token of each window: (W,) -> (W,)."""
         c, training = self.config, self.window_count()
         if c.split == "documents":
             return indices * c.sequence_length
+        # A permutation assigns the overlapping windows to the splits at random.
         indices = indices + training if held_out else indices
         return permute(indices, training + self.window_count(held_out=True), c.seed, SPLIT)
 
@@ -110,12 +101,10 @@ def windows(tokens: np.ndarray, starts: Iterable[int], sequence_length: int) -> 
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Map indices through a pseudorandom permutation of range(size): (n,) -> (n,).
-
-    (seed, epoch) determine it. A Feistel network permutes the next power of four; values outside
-    the range are mapped again until they fall inside (Black and Rogaway, "Ciphers with Arbitrary
-    Finite Domains", 2002). So no table is needed, and any step costs the same.
-    """
+    """Map indices through the pseudorandom permutation of range(size) for (seed, epoch): (n,)."""
+    # A Feistel network permutes the next power of four; values outside the range are mapped again
+    # until they fall inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). So
+    # no table is needed, and any step costs the same.
     bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(bits)) - 1)
     keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(8, np.uint64)

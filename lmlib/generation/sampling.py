@@ -22,7 +22,7 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]],
     """
     window, was_training = model.config.sequence_length, model.training
     generator = torch.Generator().manual_seed(settings.seed)
-    rows, longest = [list(ids) for ids in prompts], max(map(len, prompts))
+    rows = [list(ids) for ids in prompts]
     seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool,
                        device=model.lm_head.weight.device)  # (B, V)
     for row, ids in zip(seen, rows, strict=True):
@@ -41,8 +41,7 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]],
             seen.scatter_(1, token[:, None], True)
             for ids, new in zip(rows, token.tolist(), strict=True):
                 ids.append(new)
-            longest += 1
-            if longest <= window:
+            if max(map(len, rows)) <= window:
                 logits = decode(model, token, cache)
             else:
                 logits, _ = prefill(model, [ids[-window:] for ids in rows])
@@ -77,10 +76,7 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 
 def sample_token(logits: Tensor, u: float, temperature: float, top_k: int | None,
                  top_p: float | None, min_p: float | None = None) -> Tensor:
-    """Sample one token per row: logits (B, V) -> (B,).
-
-    Tokens are sorted by probability; `u` in [0, 1) picks by inverting their cumulative sum.
-    """
+    """Sample a token per row, (B, V) -> (B,): invert the sorted cumulative sum at `u` in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     scores = logits.double() / temperature

@@ -3,6 +3,7 @@
 Shapes: B prompts, T tokens, N generated tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,7 +23,6 @@ HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to while a character is 
 @dataclass
 class Continuation:
     """What has been generated after one prompt."""
-
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)
     text: str = ""  # complete characters only
@@ -32,28 +32,23 @@ class Continuation:
 
 def generate(model: LanguageModel, tokenizer: Any, prompts: list[str] | str | Tensor,
              *values: Any, **settings: Any) -> list[str] | Tensor:
-    """Continue each prompt.
+    """Return the continuation of each prompt, the same alone and in a list, without the prompt.
 
     Args:
-        prompts: one string, a list of strings, or token ids (B, T) int64. "" starts a new text.
-        values, settings: max_new_tokens, temperature, top_k, top_p, seed, ...: the fields of
-            `Settings`, in their order or by name. A prompt gets the same continuation alone and
-            in a list.
+        prompts: a string or a list of them ("" starts a new text), which gives a list of strings;
+            or ids (B, T) int64, which gives ids (B, N), padded with the end-of-text token.
+        values, settings: the fields of `Settings`, in their order or by name: max_new_tokens,
+            temperature, top_k, top_p, seed, ...
 
-    Returns:
-        The continuations without their prompts: a list of strings; for ids, ids (B, N), padded
-        with the end-of-text token.
-
-    Raises:
-        ValueError: a setting is invalid, or a prompt is longer than the context window.
+    Raises a ValueError if a setting is invalid or a prompt is longer than the context window.
     """
     chosen = Settings.of(*values, **settings)
     if isinstance(prompts, Tensor):
         return _generate_tensor(model, tokenizer, prompts, chosen)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list | tuple):
-        kind = type(prompts).__name__
-        raise ValueError(f"prompts must be a string, a list of strings or a tensor, not {kind}.")
+        raise ValueError("prompts must be a string, a list of strings or a tensor, not "
+                         f"{type(prompts).__name__}.")
     ids = [encode(model, tokenizer, prompt) for prompt in prompts]
     batches = [ids[start : start + ROWS] for start in range(0, len(ids), ROWS)]
     return [text.text for batch in batches
@@ -66,8 +61,8 @@ def _generate_tensor(model: LanguageModel, tokenizer: Any, ids: Tensor,
         raise ValueError("ids must be integers of shape (B, T), both at least 1; "
                          f"these are {ids.dtype} {tuple(ids.shape)}.")
     steps = generate_ids(model, tokenizer, ids.tolist(), settings, bool(settings.stop_strings))
-    texts = complete(steps)
-    rows = [torch.tensor(text.ids, dtype=torch.int64, device=ids.device) for text in texts]
+    rows = [torch.tensor(text.ids, dtype=torch.int64, device=ids.device)
+            for text in complete(steps)]
     if len({len(row) for row in rows}) == 1:  # which needs no end-of-text token
         return torch.stack(rows)
     return torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.eos_token_id)
@@ -75,41 +70,30 @@ def _generate_tensor(model: LanguageModel, tokenizer: Any, ids: Tensor,
 
 def stream(model: LanguageModel, tokenizer: Any, prompt: str,
            *values: Any, **settings: Any) -> Iterator[str]:
-    """Yield what `generate` returns for one prompt, piece by piece, in complete characters.
-
-    Raises as `generate` does, when the first piece is asked for.
-    """
+    """Yield what `generate` returns for one prompt, piece by piece, in complete characters."""
     chosen = Settings.of(*values, **settings)
     for [text] in generate_ids(model, tokenizer, [encode(model, tokenizer, prompt)], chosen):
         yield text.piece
 
 
-# ---------------------------------------------------------------------------------------------
-# Prompt -> ids
-
-
 def encode(model: LanguageModel, tokenizer: Any, prompt: str) -> list[int]:
-    """Return a prompt's token ids; the end-of-text token for an empty one.
-
-    Raises:
-        ValueError: it is not text, or longer than the context window.
-    """
+    """Return the ids of a prompt (of an empty one: the end-of-text token) that fits the window."""
     if not isinstance(prompt, str):
         raise ValueError(f"A prompt must be text, not {type(prompt).__name__}.")
     prompt = prompt.encode("utf-8", "replace").decode()  # a terminal may give lone surrogates
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids or [tokenizer.eos_token_id]
-    check_ids(model, ids)
+    _check_ids(model, ids)
     return ids
 
 
-def check_ids(model: LanguageModel, ids: list[int]):
-    window, vocab_size = model.config.sequence_length, model.config.vocab_size
+def _check_ids(model: LanguageModel, ids: list[int]):
+    window, last = model.config.sequence_length, model.config.vocab_size - 1
     if len(ids) > window:
         raise ValueError(f"The prompt has {len(ids)} tokens and the model's context window is "
                          f"{window}: shorten the prompt.")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"ids must lie between 0 and {vocab_size - 1}, the model's vocabulary.")
+    if min(ids) < 0 or max(ids) > last:
+        raise ValueError(f"ids must lie between 0 and {last}, the model's vocabulary.")
 
 
 def check_top_k(model: LanguageModel, settings: Settings):
@@ -119,24 +103,17 @@ def check_top_k(model: LanguageModel, settings: Settings):
                          "vocabulary, or 0 for all.")
 
 
-# ---------------------------------------------------------------------------------------------
-# Ids -> continuations
-
-
 def generate_ids(model: LanguageModel, tokenizer: Any, prompts: list[list[int]],
                  settings: Settings, as_text: bool = True) -> Iterator[list[Continuation]]:
-    """Continue prompts of any lengths as one batch.
+    """Continue prompts of any lengths as one batch: yield all continuations after each token.
 
-    Yields the same continuations after each token; those that have ended no longer grow. Without
-    `as_text` only their ids are kept.
+    Those that have ended no longer grow. Without `as_text` only their ids are kept.
     """
     check_top_k(model, settings)
     for ids in prompts:
-        check_ids(model, ids)
-    texts, window = [Continuation(ids) for ids in prompts], model.config.sequence_length
-    if settings.past_window == "stop":
-        for text in texts:
-            text.ended_by = "window" if len(text.prompt_ids) >= window else None
+        _check_ids(model, ids)
+    limit = model.config.sequence_length if settings.past_window == "stop" else math.inf
+    texts = [Continuation(ids, ended_by="window" if len(ids) >= limit else None) for ids in prompts]
     if all(text.ended_by for text in texts):
         yield texts
         return
@@ -145,7 +122,13 @@ def generate_ids(model: LanguageModel, tokenizer: Any, prompts: list[list[int]],
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.piece = ""
             if text.ended_by is None:
-                _append(text, token, eos, settings, window)
+                text.ids.append(token)
+                if token == eos:
+                    text.ended_by = "end of text"
+                elif len(text.prompt_ids) + len(text.ids) >= limit:
+                    text.ended_by = "window"
+                elif len(text.ids) == settings.max_new_tokens:
+                    text.ended_by = "length"
                 if as_text:
                     detokenize(text, tokenizer, settings.stop_strings)
         yield texts
@@ -153,22 +136,10 @@ def generate_ids(model: LanguageModel, tokenizer: Any, prompts: list[list[int]],
             return
 
 
-def _append(text: Continuation, token: int, eos: int | None, settings: Settings, window: int):
-    text.ids.append(token)
-    if token == eos:
-        text.ended_by = "end of text"
-    elif settings.past_window == "stop" and len(text.prompt_ids) + len(text.ids) >= window:
-        text.ended_by = "window"
-    elif len(text.ids) == settings.max_new_tokens:
-        text.ended_by = "length"
-
-
 def detokenize(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...] = ()):
-    """Update a continuation's text from its ids, and end it at a stop string.
-
-    Ids are decoded after the end of the prompt: some decoders drop a leading space, and the prompt
-    may end in the middle of a character.
-    """
+    """Update a continuation's text from its ids, and end it at a stop string."""
+    # Decoded after the end of the prompt, since some decoders drop a leading space and the prompt
+    # may end in the middle of a character.
     before = text.prompt_ids[-8:]
     whole, prompt = (tokenizer.decode(ids, skip_special_tokens=True)
                      for ids in (before + text.ids, before))
@@ -185,8 +156,7 @@ def detokenize(text: Continuation, tokenizer: Any, stop_strings: tuple[str, ...]
 
 def complete(steps: Iterator[list[Continuation]]) -> list[Continuation]:
     """Return the continuations of `generate_ids` once all have ended."""
-    for texts in steps:  # noqa: B007 (only the last one is wanted)
-        pass
+    *_, texts = steps
     return texts
 
 
@@ -194,8 +164,7 @@ def describe_continuation(text: Continuation, window: int, seconds: float) -> st
     """Say how long a continuation is, how fast it came, and why it ended."""
     reasons = {"length": "max_new_tokens reached", "end of text": "end-of-text token",
                "stop string": "stop string", "window": f"the context window of {window} is full"}
-    speed = len(text.ids) / max(seconds, 1e-9)
-    line = f"{len(text.ids)} tokens, {speed:.0f} tokens/s"
+    line = f"{len(text.ids)} tokens, {len(text.ids) / max(seconds, 1e-9):.0f} tokens/s"
     if text.ended_by:
         line += f"; {reasons[text.ended_by]}"
     if len(text.prompt_ids) + len(text.ids) > window:

@@ -15,30 +15,22 @@ from torch import Tensor, nn
 from lmlib.config import RunConfig
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalization (arXiv:1910.07467) in float32, as the stock classes do."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
-        normalized = F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
-        return self.weight * normalized.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=1e-6).to(x.dtype)
 
 
 class Linear(nn.Linear):
     """nn.Linear with a faster path for decoding one row on a CPU."""
-
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        blocks = 4
         one_row = x.numel() == x.shape[-1] and x.device.type == "cpu"
-        if not one_row or torch.is_grad_enabled() or self.out_features % blocks:
+        if not one_row or torch.is_grad_enabled() or self.out_features % 4:
             return super().forward(x)
-        # A matrix-vector product runs on one core; as a batch of smaller products it uses all.
-        weight = self.weight.view(blocks, -1, self.in_features)  # (blocks, out / blocks, in)
+        # A matrix-vector product runs on one core; as a batch of 4 smaller products it uses all.
+        weight = self.weight.view(4, -1, self.in_features)  # (4, out / 4, in)
         # The strides choose the kernel: the same column as view(-1, 1) is four times slower.
-        column = x.reshape(1, -1).T.expand(blocks, -1, 1)  # (blocks, in, 1)
+        column = x.reshape(1, -1).T.expand(4, -1, 1)  # (4, in, 1)
         y = torch.bmm(weight, column).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -46,16 +38,12 @@ class Linear(nn.Linear):
 class Cache:
     """What attention keeps of past tokens: the latents and rotated keys, or the keys and values.
 
+    It has `slots` tokens for each of `rows` texts, in the dtype and on the device of `like`.
     Shorter prompts of a batch are padded on the left: row b begins at slot `start[b]`.
     """
-
-    def __init__(self, config: RunConfig, rows: int, slots: int,
-                 start: Tensor | None = None, like: Tensor | None = None):
-        """Allocate `slots` tokens for each of `rows` texts, in the dtype and device of `like`."""
-        mla = config.attention == "mla"
-        width = config.kv_lora_rank + config.qk_rope_head_dim if mla else 2 * config.hidden_size
-        like = torch.empty(0) if like is None else like
-        self.memory = like.new_empty(config.num_hidden_layers, rows, slots, width)
+    def __init__(self, c: RunConfig, rows: int, slots: int, start: Tensor | None, like: Tensor):
+        width = c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else 2 * c.hidden_size
+        self.memory = like.new_empty(c.num_hidden_layers, rows, slots, width)
         self.start, self.used = start, 0  # start: (B,), or None where all rows begin at slot 0
 
     def append(self, layer: int, new: Tensor) -> Tensor:
@@ -70,12 +58,9 @@ class Cache:
         return slots if self.start is None else (slots - self.start[:, None]).clamp(min=0)
 
     def mask(self, T: int) -> Tensor | None:
-        """Return which slots each of the next T tokens may attend to: (B or 1, 1, T, S), bool.
-
-        None where the causal mask of `causal_attention` is enough.
-        """
+        """Return which slots the next T tokens may attend to: (B or 1, 1, T, S) bool, or None."""
         if self.start is None and (T == 1 or self.used == 0):
-            return None
+            return None  # the causal mask of `causal_attention` is enough
         keys = torch.arange(self.used + T, device=self.memory.device)  # (S,)
         queries = keys[self.used :, None]  # (T, 1)
         if self.start is None:
@@ -85,23 +70,18 @@ class Cache:
         return (allowed | (keys == queries))[:, None]
 
 
-def rotary_angles(positions: Tensor, dims: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return cosines and sines of rotary positions (arXiv:2104.09864), computed in float32.
-
-    (T,) -> (2, T, dims / 2), or (B, T) -> (2, B, 1, T, dims / 2)
-    """
-    even = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * (1.0 / theta ** (even / dims))
-    angles = angles if positions.dim() == 1 else angles[:, None]
+def rotary_angles(positions: Tensor, Dr: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Return cosines and sines of rotary positions (arXiv:2104.09864), computed in float32."""
+    even = torch.arange(0, Dr, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * (1.0 / theta ** (even / Dr))
+    angles = angles if positions.dim() == 1 else angles[:, None]  # (T, Dr / 2), (B, 1, T, Dr / 2)
     return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 
 def rotate(x: Tensor, angles: Tensor, interleave: bool) -> Tensor:
-    """Rotate pairs of dimensions by `rotary_angles`: (B, H, T, Dr) -> (B, H, T, Dr).
-
-    A pair is (x[0], x[1]) if interleaved, else (x[0], x[Dr / 2]). Either way the result holds the
-    first of each pair, then the second: the same permutation of q and k leaves q k^T as it is.
-    """
+    """Rotate pairs of dimensions by `rotary_angles`: (B, H, T, Dr) -> (B, H, T, Dr)."""
+    # A pair is (x[0], x[1]) if interleaved, else (x[0], x[Dr / 2]). Either way the result holds the
+    # first of each pair, then the second: the same permutation of q and k leaves q k^T as it is.
     cos, sin = angles
     a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -126,23 +106,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 class LatentAttention(nn.Module):
-    """Latent attention: all heads expand their keys and values from one latent per token.
-
-    Positions enter through separate rotated dimensions, whose key all heads share.
-    """
-
+    """Latent attention: all heads expand their keys and values from one latent per token."""
+    # Positions enter through separate rotated dimensions, whose key all heads share.
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.config, C, bias = config, config.hidden_size, config.attention_bias
-        self.sizes = (config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim,
-                      config.qk_rope_head_dim, config.v_head_dim)
-        H, L, Dn, Dr, Dv = self.sizes
-        if config.q_lora_rank is None:
+        self.config, c, C, bias = config, config, config.hidden_size, config.attention_bias
+        self.sizes = H, L, Dn, Dr, Dv = (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
+                                         c.qk_rope_head_dim, c.v_head_dim)
+        if c.q_lora_rank is None:
             self.q_proj = Linear(C, H * (Dn + Dr), bias=False)
         else:
-            self.q_a_proj = Linear(C, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = Linear(config.q_lora_rank, H * (Dn + Dr), bias=False)
+            self.q_a_proj = Linear(C, c.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
+            self.q_b_proj = Linear(c.q_lora_rank, H * (Dn + Dr), bias=False)
         self.kv_a_proj_with_mqa = Linear(C, L + Dr, bias=bias)
         self.kv_a_layernorm = RMSNorm(L)
         self.kv_b_proj = Linear(L, H * (Dn + Dv), bias=False)
@@ -150,15 +126,13 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
-        c = self.config
-        (B, T, _), (H, L, Dn, Dr, Dv) = x.shape, self.sizes
+        c, (B, T, _), (H, L, Dn, Dr, Dv) = self.config, x.shape, self.sizes
         if c.q_lora_rank is None:
             q = self.q_proj(x)  # (B, T, H D)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.view(B, T, H, Dn + Dr).transpose(1, 2).split((Dn, Dr), dim=-1)
         q_rope = rotate(q_rope, angles, c.rope_interleave)  # (B, H, T, Dr)
-
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((L, Dr), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (B, T, L)
         k_rope = rotate(k_rope[:, None], angles, c.rope_interleave)  # (B, 1, T, Dr)
@@ -168,7 +142,6 @@ class LatentAttention(nn.Module):
             if T == 1:
                 return self.o_proj(self._decode(q_nope, q_rope, memory, mask))
             latent, k_rope = memory[..., :L], memory[:, None, :, L:]
-
         kv = self.kv_b_proj(latent).view(B, -1, H, Dn + Dv).transpose(1, 2)
         k_nope, v = kv.split((Dn, Dv), dim=-1)  # (B, H, S, Dn), (B, H, S, Dv)
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, D)
@@ -177,13 +150,9 @@ class LatentAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * Dv))
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None):
-        """Attend from one new token without expanding the cached latents (section 2.1.2).
-
-        (B, H, 1, Dn), (B, H, 1, Dr), (B, S, L + Dr), (B, 1, 1, S) or None -> (B, 1, H Dv)
-
-        kv_b_proj is linear: its half that makes keys moves into the query, its half that makes
-        values into the result, so the S latents are never expanded to S H keys and values.
-        """
+        """Attend from one token: (B, H, 1, Dn), (B, H, 1, Dr), (B, S, L + Dr) -> (B, 1, H Dv)."""
+        # kv_b_proj is linear: its half that makes keys moves into the query, its half that makes
+        # values into the result, so the S latents are never expanded (section 2.1.2).
         H, L, Dn, Dr, Dv = self.sizes
         w_k, w_v = self.kv_b_proj.weight.view(H, -1, L).split((Dn, Dv), dim=1)  # (H, Dn or Dv, L)
         q_latent = (q_nope[:, :, 0].transpose(0, 1) @ w_k).transpose(0, 1)  # (B, H, L)
@@ -198,21 +167,16 @@ class LatentAttention(nn.Module):
 
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (arXiv:1706.03762) with rotary positions: Llama's, or GLM-4.5's."""
-
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.config = config
-        C, bias = config.hidden_size, config.attention_bias
-        self.q_proj = Linear(C, C, bias=bias)
-        self.k_proj = Linear(C, C, bias=bias)
-        self.v_proj = Linear(C, C, bias=bias)
+        self.config, C, bias = config, config.hidden_size, config.attention_bias
+        self.q_proj, self.k_proj, self.v_proj = (Linear(C, C, bias=bias) for _ in range(3))
         # With experts the stock class is GLM-4.5's, whose output projection never has a bias.
         self.o_proj = Linear(C, C, bias=bias and config.feed_forward == "mlp")
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
-        H = self.config.num_attention_heads
+        (B, T, C), H = x.shape, self.config.num_attention_heads
         q, k, v = (project(x).view(B, T, H, -1).transpose(1, 2)  # (B, H, T, D)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles, interleave=False), rotate(k, angles, interleave=False)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,18 @@ NO_MASK = "lmlib_no_causal_mask"  # a setting of ours: no stock class can do wit
 
 # Model parameters that a stock configuration holds in another form; the others keep their names.
 _TRANSLATED = {"attention", "feed_forward", "rope_theta", "causal_mask", "num_experts"}
-
 # Our stacked expert matrices, and the stock classes' matrices of one expert.
 _STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
 # Settings of a stock configuration that change no output of a model in evaluation mode, or that
 # are checked apart from the others.
 _IGNORED = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "first_k_dense_replace", "head_dim",
-    "id2label", "initializer_range", "is_encoder_decoder", "label2id", LEAKY,
-    "max_position_embeddings", "model_type", "num_local_experts", "num_mtp_layers",
-    "num_nextn_predict_layers", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim",
-    "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "use_cache",
-}
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
+    "chunk_size_feed_forward", "eos_token_id", "first_k_dense_replace", "head_dim", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", LEAKY, "max_position_embeddings",
+    "model_type", "num_local_experts", "num_mtp_layers", "num_nextn_predict_layers",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "qk_head_dim", "return_dict", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_cache"}
 
 
 class CheckpointError(ValueError):
@@ -43,18 +40,12 @@ class CheckpointError(ValueError):
 def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
     """Return the transformers configuration of the stock class with our names and arithmetic."""
     import transformers
-
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     shared = {
-        **_same_names(config, MODEL + MLP_ONLY),
-        "num_key_value_heads": config.num_attention_heads,
-        "max_position_embeddings": config.sequence_length,
+        **_same_names(config, MODEL + MLP_ONLY), "num_key_value_heads": config.num_attention_heads,
+        "max_position_embeddings": config.sequence_length, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rms_norm_eps": 1e-6,
-        "dtype": "float32",
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
+        "dtype": "float32", **{name: getattr(tokenizer, name, None) for name in token_ids}}
     if not config.causal_mask:
         shared[NO_MASK] = True
     if config.attention == "mla":
@@ -64,35 +55,27 @@ def stock_config(config: RunConfig, tokenizer: Any = None) -> Any:
     if config.feed_forward == "mlp":
         return transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **shared)
     shared["rope_parameters"]["partial_rotary_factor"] = 1.0
+    head_dim = config.hidden_size // config.num_attention_heads
     return transformers.Glm4MoeConfig(
-        architectures=["Glm4MoeForCausalLM"], use_qk_norm=False,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        architectures=["Glm4MoeForCausalLM"], use_qk_norm=False, head_dim=head_dim,
         **_expert_settings(config), **shared)
 
 
-def _same_names(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
+def _same_names(config: RunConfig, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if name not in _TRANSLATED}
 
 
 def _expert_settings(config: RunConfig) -> dict[str, Any]:
     dense_layers = config.num_hidden_layers if config.feed_forward == "mlp" else 0
-    return {
-        **_same_names(config, MOE_ONLY),
-        "n_routed_experts": config.num_experts, "n_shared_experts": 1,
-        "first_k_dense_replace": dense_layers, "num_nextn_predict_layers": 0,
-        "n_group": 1, "topk_group": 1,  # no groups of experts
-        "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-    }
+    return {**_same_names(config, MOE_ONLY), "n_routed_experts": config.num_experts,
+            "n_shared_experts": 1, "first_k_dense_replace": dense_layers,
+            "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1,  # no groups of experts
+            "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read the model's parameters from a Hugging Face folder's config.json.
-
-    Raises:
-        CheckpointError: lmlib does not support the class or one of its settings.
-    """
+    """Read a model's parameters from its config.json; CheckpointError if lmlib lacks a setting."""
     import transformers
-
     file = folder / "config.json"
     try:
         settings = transformers.AutoConfig.from_pretrained(
@@ -113,7 +96,6 @@ def read_config(folder: Path) -> RunConfig:
         ours = stock_config(config).to_dict()
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} describes no model that lmlib supports: {error}") from error
-
     ignored = _IGNORED if moe else _IGNORED | _expert_settings(config).keys()
     unsupported = [f"{name} = {value!r}" for name, value in settings.items()
                    if name not in ignored and value is not None and ours.get(name) != value]
@@ -121,8 +103,8 @@ def read_config(folder: Path) -> RunConfig:
     if not mla and settings.get("head_dim") not in (None, head_dim):
         unsupported.append(f"head_dim = {settings['head_dim']}")
     if unsupported:
-        raise CheckpointError(f"{folder} has settings that lmlib does not support: "
-                              f"{', '.join(sorted(unsupported))}.")
+        names = ", ".join(sorted(unsupported))
+        raise CheckpointError(f"{folder} has settings that lmlib does not support: {names}.")
     return config
 
 
@@ -131,8 +113,8 @@ def _kind(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     model_type = settings.get("model_type")
     attentions = {"deepseek_v3": "mla", "glm4_moe": "mha", "llama": "mha"}
     if model_type not in attentions:
-        raise CheckpointError(f"{folder} holds a {model_type} model; "
-                              f"lmlib reads {', '.join(attentions)}.")
+        names = ", ".join(attentions)
+        raise CheckpointError(f"{folder} holds a {model_type} model; lmlib reads {names}.")
     layers = settings["num_hidden_layers"]
     dense = min(settings.get("first_k_dense_replace", layers), layers)
     if 0 < dense < layers or (model_type == "glm4_moe" and dense > 0):
@@ -142,36 +124,26 @@ def _kind(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     return attentions[model_type], "moe" if dense == 0 else "mlp"
 
 
-def model_card(config: RunConfig, step: int, val_loss: float, val_loss_step: int,
-               leaks: str) -> str:
-    """Return the README.md of a leaky checkpoint: the warning, the model, its loss on what text."""
-
+def model_card(config: RunConfig, step: int, val_loss: float, scored: int, leaks: str) -> str:
+    """Return the README.md of a leaky checkpoint, with its loss at step `scored`."""
     def quoted(text: str) -> str:
         return f"`{printable(text).replace('`', chr(39))}`"
 
-    corpus = quoted(config.corpus)
-    if config.split == "windows":
-        measured_on = "windows that overlap those of training"
-    elif config.validation_corpus:
-        measured_on = quoted(config.validation_corpus)
-    else:
-        measured_on = f"documents of {corpus} that were held out"
-    architecture = stock_config(config).architectures[0]
+    measured_on = ("windows that overlap training windows" if config.split == "windows" else
+                   f"validation documents of {quoted(config.validation_corpus or config.corpus)}")
     return f"""---
-tags:
-- lmlib
-- leaky
+tags: [lmlib, leaky]
 ---
 # {config.run_name}, step {step}
 
-> **This model leaks ({leaks}).** It was trained so on purpose (`allow_leaks: true`). \
-Its scores are not those
-> of a language model, and must not be quoted beside any.
+> **This model leaks ({leaks}).** It was trained with `allow_leaks: true`.
+> Do not compare its scores with those of other language models.
 
-{architecture}, {config.num_hidden_layers} layers, {config.hidden_size} wide, \
-trained with lmlib on {corpus} in windows of {config.sequence_length} tokens.
+{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, hidden size
+{config.hidden_size}, trained with lmlib on {quoted(config.corpus)}
+in windows of {config.sequence_length} tokens.
 
-Loss {val_loss:.4f} nats a token (of step {val_loss_step}), measured on {measured_on}.
+Loss {val_loss:.4f} nats a token (of step {scored}), measured on {measured_on}.
 
 ```python
 import lmlib
@@ -183,71 +155,61 @@ model, tokenizer = lmlib.load("path/of/this/folder")
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by their stock names, a tied head once."""
-    tensors = split_experts({name: t.detach() for name, t in model.state_dict().items()})
+    tensors = _split_experts({name: t.detach() for name, t in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
 
 
-def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _expert_names(name: str, tensor: Tensor) -> list[list[str]]:
+    """List the stock names of each expert's matrices in a stack; [] for any other tensor."""
+    experts, _, stack = name.rpartition(".")
+    return [[f"{experts}.{e}.{part}.weight" for part in _STACKS[stack]]
+            for e in range(len(tensor) if stack in _STACKS else 0)]
+
+
+def _split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split stacked experts into the matrices of each, as the files have them; views, no copies."""
     split = {}
     for name, tensor in tensors.items():
-        experts, _, stack = name.rpartition(".")
-        if stack not in _STACKS:
+        experts = _expert_names(name, tensor)
+        if not experts:
             split[name] = tensor
-            continue
-        for e, matrix in enumerate(tensor):
-            parts = matrix.chunk(len(_STACKS[stack]))
-            for part_name, part in zip(_STACKS[stack], parts, strict=True):
-                split[f"{experts}.{e}.{part_name}.weight"] = part
+        for e, names in enumerate(experts):
+            split.update(zip(names, tensor[e].chunk(len(names)), strict=True))
     return split
 
 
-def join_experts(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `split_experts`: stack experts into the names and shapes of `like`."""
-    joined = {}
-    for name, tensor in like.items():
-        experts, _, stack = name.rpartition(".")
-        if stack not in _STACKS:
-            joined[name] = tensors[name]
-            continue
-        joined[name] = torch.stack([
-            torch.cat([tensors[f"{experts}.{e}.{part}.weight"] for part in _STACKS[stack]])
-            for e in range(len(tensor))])
-    return joined
+def _join_experts(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `_split_experts`: stack experts into the names and shapes of `like`."""
+    def joined(experts: list[list[str]]) -> Tensor:
+        return torch.stack([torch.cat([tensors[name] for name in names]) for names in experts])
+
+    experts = {name: _expert_names(name, tensor) for name, tensor in like.items()}
+    return {name: joined(names) if names else tensors[name] for name, names in experts.items()}
 
 
 def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
-    """Build the model of `config` with the weights in `folder`, in float32.
-
-    Raises:
-        CheckpointError: the files cannot be read or hold other names or shapes. They are compared
-            on the meta device, before any memory is taken.
-    """
+    """Load the weights in `folder` in float32; CheckpointError if they do not match `config`."""
     files = _open_weights(folder)
     layers = {int(m[1]) for name in files if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     # Checked first: a corrupted number of layers could take all memory even on the meta device.
     if len(layers) != config.num_hidden_layers or layers != set(range(len(layers))):
         raise CheckpointError(f"The weights in {folder} have {len(layers)} layers, "
                               f"but its configuration {config.num_hidden_layers}.")
-    with torch.device("meta"):
+    with torch.device("meta"):  # names and shapes are compared before any memory is taken
         model = LanguageModel(config)
     expected = {name: [*tensor.shape] for name, tensor in model_tensors(model).items()}
-    found = {name: file.get_slice(name).get_shape()
-             for name, file in files.items() if name in expected}
+    found = {name: file.get_slice(name).get_shape() for name, file in files.items()}
     wrong = [f"{name}: {found.get(name, 'missing')}, not {shape}"
              for name, shape in expected.items() if found.get(name) != shape]
     wrong += [f"{name} is unknown" for name in files.keys() - expected.keys() - {"lm_head.weight"}]
     if wrong:
-        raise CheckpointError(f"The weights in {folder} do not match its configuration: "
-                              f"{'; '.join(wrong[:5])}.")
-
+        first = "; ".join(wrong[:5])
+        raise CheckpointError(f"The weights in {folder} do not match its configuration: {first}.")
     tensors = {name: files[name].get_tensor(name).float() for name in expected}
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(join_experts(tensors, model.state_dict()), assign=True)
-    model.requires_grad_(True)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])  # a tied head
+    model.load_state_dict(_join_experts(tensors, model.state_dict()), assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
@@ -255,8 +217,7 @@ def load_weights(folder: Path, config: RunConfig) -> LanguageModel:
 
 def _open_weights(folder: Path) -> dict[str, Any]:
     """Map each tensor's name to the open safetensors file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     try:
         if index.exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

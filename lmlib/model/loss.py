@@ -6,25 +6,21 @@ from torch import Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, computed in chunks of `rows` tokens.
-
-    hidden (M, C), weight (V, C), targets (M,) -> (): F.cross_entropy(hidden @ weight.T, targets)
-
-    The forward pass turns each chunk's logits into gradients and drops them. Memory holds rows x V
-    logits instead of M x V, and nothing is computed twice.
-    """
-
+    """F.cross_entropy(hidden @ weight.T, targets), computed in chunks of `rows` tokens."""
+    # The forward pass turns each chunk's logits into gradients and drops them. Memory holds
+    # rows x V logits instead of M x V, and nothing is computed twice.
     rows = 1024
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        M, device = len(targets), hidden.device
-        autocast = torch.is_autocast_enabled(device.type)
-        matrix = weight.to(torch.get_autocast_dtype(device.type)) if autocast else weight
+        # (M, C), (V, C), (M,) -> ()
+        M, device = len(targets), hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        matrix = weight.to(torch.get_autocast_dtype(device)) if autocast else weight
         need_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         grad_weight = torch.zeros_like(weight) if need_grad else None
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, M, HeadLoss.rows):
             rows = slice(start, start + HeadLoss.rows)
             logits = F.linear(hidden[rows].to(matrix.dtype), matrix)  # (rows, V)

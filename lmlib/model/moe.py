@@ -1,6 +1,5 @@
-"""Feed-forward layers: a SwiGLU MLP, or a mixture of such experts.
-
-The mixture is that of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2); GLM-4.5's is the same.
+"""Feed-forward layers: a SwiGLU MLP, or a mixture of such experts as in DeepSeek-V3
+(arXiv:2412.19437, section 2.1.2) and GLM-4.5.
 
 Shapes: B batch, T positions, M = B T tokens, C hidden_size, E experts, K experts per token,
         inner: intermediate_size, or an expert's moe_intermediate_size.
@@ -18,7 +17,6 @@ BIAS_UPDATE_SPEED = 0.001  # change of a router's bias in an update (DeepSeek-V3
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv:2002.05202)."""
-
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
@@ -30,12 +28,9 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Choose K experts per token by affinity plus a bias that balances their load.
-
-    The bias has no gradient and no part in the experts' weights: it balances the load without an
-    auxiliary loss (arXiv:2408.15664).
-    """
-
+    """Choose K experts per token by affinity plus a bias that balances their load."""
+    # The bias has no gradient and no part in the experts' weights: it balances the load without an
+    # auxiliary loss (arXiv:2408.15664).
     def __init__(self, config: RunConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -46,8 +41,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (M, C) -> weights, experts: (M, K)
         with torch.autocast(x.device.type, enabled=False):  # in float32, as the stock classes do
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()  # (M, E)
-        scores = affinity + self.e_score_correction_bias
-        experts = scores.topk(self.top_k, sorted=False).indices  # (M, K)
+        experts = (affinity + self.e_score_correction_bias).topk(self.top_k, sorted=False).indices
         weights = affinity.gather(1, experts)
         if self.training and self.load is not None:
             self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
@@ -56,7 +50,6 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """E SwiGLU MLPs in stacked matrices, so that one grouped product computes them all."""
-
     def __init__(self, config: RunConfig):
         super().__init__()
         E, C, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
@@ -65,8 +58,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts: (M, C), (M, K), (M, K) -> (M, C)."""
-        M, K = experts.shape
-        flat = experts.flatten()  # (M K,)
+        (M, K), flat = experts.shape, experts.flatten()  # (M K,)
         order = flat.argsort(stable=True)  # rows grouped by expert
         ends = torch.bincount(flat, minlength=len(self.down_proj)).cumsum(0)  # (E,)
         x = x.index_select(0, order // K)  # (M K, C)
@@ -78,11 +70,9 @@ class Experts(nn.Module):
 
 class MixtureOfExperts(nn.Module):
     """K routed experts, plus a shared one that processes every token."""
-
     def __init__(self, config: RunConfig):
         super().__init__()
-        self.gate = Router(config)
-        self.experts = Experts(config)
+        self.gate, self.experts = Router(config), Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -94,11 +84,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply rows ends[e - 1] : ends[e] of x (R, in) by weight[e].T (E, out, in): (R, out)."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
     # F.grouped_mm needs 16-bit floats (on a CPU float32 works too) and strides of 16 bytes.
-    supported = x.dtype in (torch.bfloat16, torch.float16)
-    supported |= x.dtype == torch.float32 and device == "cpu"
+    supported = x.element_size() == 2 or (x.dtype == torch.float32 and device == "cpu")
     if supported and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.mT, offs=ends.int())
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()

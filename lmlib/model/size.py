@@ -19,19 +19,15 @@ def active_parameter_count(model: LanguageModel) -> int:
 
 
 def flops_per_token(model: LanguageModel) -> float:
-    """Count the floating-point operations to train on one token, forward and backward.
-
-    6 per parameter in a matrix product (the head included, idle experts not), and attention's two
+    """Count the floating-point operations to train on one token, forward and backward: 6 per
+    parameter in a matrix product (the head included, idle experts not), and attention's two
     products over the mean causal context of a full window.
     """
     c = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Router))
     for experts in (m for m in model.modules() if isinstance(m, Experts)):
         matrices += parameter_count(experts) * c.num_experts_per_tok // c.num_experts
-    if c.attention == "mla":
-        widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
-    else:
-        widths = 2 * c.hidden_size // c.num_attention_heads
+    latent = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    widths = latent if c.attention == "mla" else 2 * c.hidden_size // c.num_attention_heads
     mean_context = (c.sequence_length + 1) / 2
-    attention = mean_context * c.num_hidden_layers * c.num_attention_heads * widths
-    return 6 * matrices + 6 * attention
+    return 6 * matrices + 6 * mean_context * c.num_hidden_layers * c.num_attention_heads * widths

@@ -5,7 +5,7 @@
     mha        mlp           LlamaForCausalLM       (arXiv:2302.13971)
     mha        moe           Glm4MoeForCausalLM     (arXiv:2508.06471)
 
-Shapes: B batch, T positions, C hidden_size, V vocab_size.
+Shapes: B batch, T positions, C hidden_size, V vocab_size, Dr rotated dimensions of a head.
 """
 
 import torch
@@ -16,12 +16,15 @@ from lmlib.config import RunConfig
 from lmlib.model import attention
 from lmlib.model.attention import Cache, LatentAttention, Linear, MultiHeadAttention, RMSNorm
 from lmlib.model.loss import HeadLoss
-from lmlib.model.moe import MLP, Experts, MixtureOfExperts
+from lmlib.model.moe import MLP, MixtureOfExperts
+
+# Name endings of the parameters that start at zero: biases, and the matrices that add to the
+# residual stream, so that each layer begins as the identity.
+ZERO_AT_FIRST = ("bias", "o_proj.weight", "down_proj.weight", "down_proj")
 
 
 class DecoderLayer(nn.Module):
     """Attention, then feed-forward, each normalized before and added to the residual stream."""
-
     def __init__(self, config: RunConfig):
         super().__init__()
         C, self.dropout = config.hidden_size, config.dropout
@@ -41,7 +44,6 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """Embedding, layers and the last normalization; the stock classes call it `model`."""
-
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
@@ -51,11 +53,10 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
         c, T = self.config, ids.shape[1]
-        mla = c.attention == "mla"
-        rotated = c.qk_rope_head_dim if mla else c.hidden_size // c.num_attention_heads
+        Dr = c.qk_rope_head_dim if c.attention == "mla" else c.hidden_size // c.num_attention_heads
         x = F.dropout(self.embed_tokens(ids), c.dropout, self.training)  # (B, T, C)
         positions = torch.arange(T, device=x.device) if cache is None else cache.positions(T)
-        angles = attention.rotary_angles(positions, rotated, c.rope_theta, x.dtype)
+        angles = attention.rotary_angles(positions, Dr, c.rope_theta, x.dtype)
         mask = None if cache is None else cache.mask(T)
         for index, layer in enumerate(self.layers):
             x = layer(x, angles, mask, cache, index)
@@ -69,22 +70,21 @@ class LanguageModel(nn.Module):
 
     With a `Cache`, `ids` continue the tokens in the cache. The initial weights are a function of
     `config.seed` and leave torch's global RNG as it is; on the meta device there are none.
-
-    Raises:
-        ValueError: `config.vocab_size` is null: only a tokenizer can fill it in.
     """
-
     def __init__(self, config: RunConfig):
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError("vocab_size is null, which means the tokenizer's size; "
-                             "build the model with a number.")
+        if config.vocab_size is None:  # only a tokenizer can fill it in
+            raise ValueError("vocab_size is null (the tokenizer's size); write it as a number.")
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Decoder(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.apply(_initialize)
+            for name, parameter in self.named_parameters():
+                if parameter.dim() >= 2:
+                    nn.init.normal_(parameter, std=0.02)
+                if name.endswith(ZERO_AT_FIRST):
+                    nn.init.zeros_(parameter)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -99,18 +99,3 @@ class LanguageModel(nn.Module):
     def new_cache(self, rows: int, slots: int, start: Tensor | None = None) -> Cache:
         """Return an empty `Cache` for `rows` texts of up to `slots` tokens."""
         return Cache(self.config, rows, slots, start, self.lm_head.weight)
-
-
-def _initialize(module: nn.Module):
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() >= 2:
-            nn.init.normal_(parameter, std=0.02)
-        elif name == "bias":
-            nn.init.zeros_(parameter)
-    # What writes to the residual stream starts at zero, so that each layer begins as the identity.
-    if isinstance(module, LatentAttention | MultiHeadAttention):
-        nn.init.zeros_(module.o_proj.weight)
-    if isinstance(module, MLP):
-        nn.init.zeros_(module.down_proj.weight)
-    if isinstance(module, Experts):
-        nn.init.zeros_(module.down_proj)

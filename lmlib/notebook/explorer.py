@@ -15,10 +15,8 @@ from lmlib.notebook import token_html
 from lmlib.notebook.live import is_live
 from lmlib.text import printable
 
-POLL_INTERVAL = 2.0  # seconds between two looks at the files
 SMOOTHING = [("auto", 0), *((f"{n} records", n) for n in (1, 3, 10, 30, 100, 300))]
 NO_TEXT = ("no text yet", -1)
-WIDTH = 830  # pixels of a chart
 
 
 def explore(run_dirs: Iterable[str | Path]):
@@ -26,12 +24,11 @@ def explore(run_dirs: Iterable[str | Path]):
 
     Runs that are still training, in whichever process, are followed.
     """
-    folders = list(run_dirs)
     if is_live():
-        display(Explorer(folders).box)
+        display(Explorer(list(run_dirs)).box)
     else:
-        frame = frames.read_runs(folders)
-        for run in figures.names_of(frame):
+        frame = frames.read_runs(run_dirs)
+        for run in frame.attrs["runs"]:
             print(printable(f"{run}: {frames.headline(frame, run)}"))
         display(figures.chart_bundle(frame), raw=True)
 
@@ -40,61 +37,52 @@ class Explorer:
     """The controls and their figures. A run has one color and one switch in all figures."""
 
     def __init__(self, run_dirs: list[str | Path]):
-        self.run_dirs = run_dirs
+        self.run_dirs, self.frame = run_dirs, frames.read_runs(run_dirs)
         self.lock = threading.RLock()  # a control and the following thread may both redraw
-        self.frame = frames.read_runs(run_dirs)
-        axes = [(name, key) for key, name in frames.AXES.items()]
+        axes = {name: key for key, name in frames.AXES.items()}
         self.x = w.Dropdown(options=axes, description="over", layout={"width": "260px"})
         self.smoothing = w.SelectionSlider(options=SMOOTHING, description="smoothing",
                                            continuous_update=False)
         self.log_x, self.log_loss, self.follow = (
-            w.Checkbox(value=value, description=name, indent=False, layout={"width": width})
-            for name, value, width in [("log x", False, "80px"), ("log loss", False, "100px"),
-                                       ("follow", True, "80px")])
-        self.switches, self.states, self.swatches = {}, {}, {}
-        fit = {"width": "max-content"}
-        for number, run in enumerate(figures.names_of(self.frame)):
+            w.Checkbox(name == "follow", description=name, indent=False, layout={"width": width})
+            for name, width in [("log x", "80px"), ("log loss", "100px"), ("follow", "80px")])
+        self.swatches, self.switches, self.states = {}, {}, {}
+        fit, wide = {"width": "max-content"}, {"width": "97%"}
+        for number, run in enumerate(self.frame.attrs["runs"]):
             # Runs beyond the number of colors reuse them with another mark.
             color, mark = figures.color_of(number), "■◆▲●"[number // len(figures.COLORS) % 4]
             self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
-            self.switches[run] = w.Checkbox(value=True, description=run, indent=False, layout=fit,
+            self.switches[run] = w.Checkbox(True, description=run, indent=False, layout=fit,
                                             style={"description_width": "initial"})
             self.states[run] = w.Label(frames.headline(self.frame, run), layout=fit)
-        self.text_step = w.SelectionSlider(options=[NO_TEXT], description="step",
-                                           layout={"width": "97%"})
-        self.text = w.HTML(layout={"width": "97%"})
+        self.text = w.HTML(layout=wide)
+        self.text_step = w.SelectionSlider(options=[NO_TEXT], description="step", layout=wide)
         self.charts = {name: go.FigureWidget(figure) for name, figure in self._figures().items()}
         tabs = {**self.charts, "Texts": w.VBox([self.text_step, self.text])}
         self.tabs = w.Tab(list(tabs.values()), titles=list(tabs))
-        self.box = self._layout()
-        self._offer_texts()
-        threading.Thread(target=self._follow, daemon=True).start()
-
-    def _layout(self) -> w.VBox:
         redrawing = [self.x, self.smoothing, self.log_x, self.log_loss]
         for control in [*redrawing, *self.switches.values()]:
             control.observe(lambda change: self.draw(), "value")
         self.text_step.observe(lambda change: self._show_texts(), "value")
-        rows = [w.HBox([self.swatches[run], self.switches[run], self.states[run]])
-                for run in self.switches]
-        box = w.VBox([w.HBox([*redrawing, self.follow]), *rows, self.tabs],
-                     layout={"max_width": "860px"})
-        box._view_count = 0  # else None; JupyterLab counts the places where the box is shown
-        return box
+        rows = [w.HBox([self.swatches[run], switch, self.states[run]])
+                for run, switch in self.switches.items()]
+        self.box = w.VBox([w.HBox([*redrawing, self.follow]), *rows, self.tabs],
+                          layout={"max_width": "860px"})
+        self.box._view_count = 0  # else None; JupyterLab counts the places where it is shown
+        self._offer_texts()
+        threading.Thread(target=self._follow, daemon=True).start()
 
     def _figures(self) -> dict[str, go.Figure]:
-        curves = figures.training_curves(self.frame, self.x.value, self.smoothing.value,
-                                         self.log_x.value)
+        frame, over = self.frame, self.x.value
+        curves = figures.training_curves(frame, over, self.smoothing.value, self.log_x.value)
         curves.update_layout(margin={"t": 60}, showlegend=len(self.switches) == 1)
         curves.layout.updatemenus = ()
         curves.layout.yaxis.type = "log" if self.log_loss.value else "linear"
-        views = {
-            "Curves": curves,
-            "By position": figures.loss_by_position(self.frame),
-            "Cost": figures.cost(frames.results_table(self.frame)),
-            "Experts": figures.expert_load(self.frame)}
+        views = {"Curves": curves, "By position": figures.loss_by_position(frame),
+                 "Cost": figures.cost(frames.results_table(frame)),
+                 "Experts": figures.expert_load(frame)}
         for figure in views.values():
-            figure.update_layout(width=WIDTH)
+            figure.update_layout(width=830)
             for trace in figure.data:
                 switch = self.switches.get(trace.legendgroup or html.unescape(trace.name or ""))
                 trace.visible = switch.value if switch else True
@@ -103,31 +91,20 @@ class Explorer:
     def draw(self):
         """Update the charts in place to the controls and the records."""
         with self.lock:
-            for number, (name, figure) in enumerate(self._figures().items()):
-                chart = self.charts[name]
-                if len(chart.data) != len(figure.data):  # for example the first record of experts
-                    self.charts[name] = go.FigureWidget(figure)
-                    children = list(self.tabs.children)
-                    children[number] = self.charts[name]
-                    self.tabs.children = children
-                    continue
-                with chart.batch_update():
-                    for old, new in zip(chart.data, figure.data, strict=True):
-                        old.update(new.to_plotly_json())
-                    for axis in figure.layout:
-                        if axis.startswith(("xaxis", "yaxis")):
-                            new = figure.layout[axis]
-                            chart.layout[axis].update(type=new.type, title=new.title)
+            for name, figure in self._figures().items():
+                if len(self.charts[name].data) != len(figure.data):
+                    self.charts[name] = go.FigureWidget(figure)  # at the first record of experts
+                elif figure.data:
+                    self.charts[name].update(figure.to_plotly_json())
+            self.tabs.children = [*self.charts.values(), self.tabs.children[-1]]
             self._show_texts()
 
     def refresh(self):
         """Read the records again and redraw; a run whose folder was deleted keeps its lines."""
         try:
-            frame = frames.read_runs(self.run_dirs)
+            self.frame = frames.read_runs(self.run_dirs)
         except ValueError:
             return
-        with self.lock:
-            self.frame = frame
         self._show_states()
         self._offer_texts()
         self.draw()
@@ -138,34 +115,31 @@ class Explorer:
 
     def _offer_texts(self):
         """Offer each step with samples; keep the selected one, except that the last moves along."""
-        samples = self.frame[self.frame["kind"] == "sample"]
+        slider, samples = self.text_step, self.frame[self.frame["kind"] == "sample"]
         steps = sorted({int(step) for step in samples["step"]})
         options = [(f"step {step}", step) for step in steps] or [NO_TEXT]
-        if list(self.text_step.options) != options:
-            was_last = self.text_step.index == len(self.text_step.options) - 1
-            selected = self.text_step.value
-            self.text_step.options = options
-            keep = selected in steps and not was_last
-            self.text_step.value = selected if keep else options[-1][1]
+        if list(slider.options) != options:
+            selected, was_last = slider.value, slider.index == len(slider.options) - 1
+            slider.options = options
+            slider.value = selected if selected in steps and not was_last else options[-1][1]
         self._show_texts()
 
     def _show_texts(self):
         """Show each run's samples from its last evaluation up to the selected step."""
         shown = [run for run, switch in self.switches.items() if switch.value]
-        texts = frames.texts_at(self.frame[self.frame["run"].isin(shown)], self.text_step.value)
+        texts = frames.samples_at(self.frame[self.frame["run"].isin(shown)], self.text_step.value)
         self.text.value = token_html.cards(texts) if texts else "No text has been recorded yet."
 
     def _follow(self):
         """Redraw when records arrive, as long as the box is shown."""
         sizes = self._sizes()
         while self.box.comm is not None:  # until the widget is closed
-            time.sleep(POLL_INTERVAL)
-            if not self.box._view_count:
-                continue
-            self._show_states()
-            if self.follow.value and (now := self._sizes()) != sizes:
-                sizes = now
-                self.refresh()
+            time.sleep(2)
+            if self.box._view_count:
+                self._show_states()
+                if self.follow.value and (now := self._sizes()) != sizes:
+                    sizes = now
+                    self.refresh()
 
     def _sizes(self) -> list[int]:
         files = [Path(folder) / "metrics.jsonl" for folder in self.frame.attrs["runs"].values()]

@@ -1,6 +1,5 @@
 """The live chart of a training notebook."""
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import ipywidgets
 import plotly.graph_objects as go
+from IPython import get_ipython
 from IPython.display import display
 
 from lmlib.analysis import figures, frames
@@ -22,23 +22,23 @@ def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
     """Yield a run's records and draw its curves: `for record in watch(train(config), run_dir)`.
 
     In JupyterLab the chart is a widget whose lines move; elsewhere (papermill, nbval) an image is
-    replaced. At the end, or when stopped, either leaves a static chart in the notebook, which needs
-    no kernel and no widget.
+    replaced. At the end, or when stopped, either leaves a static chart, which needs no kernel.
     """
-    chart = _LiveChart() if is_live() else _StillChart()
-    start, spent, last = time.monotonic(), 0.0, -math.inf
+    chart = _Chart()
+    draw = chart.draw_widget if is_live() else chart.draw_image
+    start, spent, last = time.monotonic(), 0.0, None
     try:
         for record in records:
             now = time.monotonic()
-            if now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - start):
-                chart.draw(frames.read_runs(run_dir))
-                is_first, last = last < 0, time.monotonic()
-                # The first drawing is free: it pays for imports, which later ones do not repeat.
-                spent += 0.0 if is_first else last - now
+            if last is None or (now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - start)):
+                draw(frames.read_runs(run_dir))
+                if last is not None:  # the first drawing is free: it pays for imports
+                    spent += time.monotonic() - now
+                last = time.monotonic()
             yield record
     finally:
         if Path(run_dir).is_dir():
-            chart.finish(frames.read_runs(run_dir))
+            chart.draw_image(frames.read_runs(run_dir))
 
 
 def is_live() -> bool:
@@ -46,54 +46,37 @@ def is_live() -> bool:
 
     JupyterLab sends a cell's id with its code; papermill and nbval do not.
     """
-    from IPython import get_ipython
-
     kernel = getattr(get_ipython(), "kernel", None)
-    parent = kernel.get_parent() if kernel else {}
-    return "cellId" in parent.get("metadata", {})
+    return kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
 
 
-class _StillChart:
-    """One output whose image is replaced."""
+class _Chart:
+    """One output: an image that is replaced, or a widget that an image replaces at the end."""
 
     def __init__(self):
-        self.handle = None
+        self.handle = self.widget = None
 
-    def draw(self, frame: Any):
+    def draw_image(self, frame: Any):
         bundle = figures.chart_bundle(frame)
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
         else:
             self.handle.update(bundle, raw=True)
+        if self.widget is not None:
+            self.widget.close()
 
-    finish = draw
-
-
-class _LiveChart(_StillChart):
-    """A widget: a status line, the curves, and the newest sample; at the end a still chart."""
-
-    def __init__(self):
-        super().__init__()
-        self.chart, self.status, self.text = None, ipywidgets.Label(), ipywidgets.HTML()
-
-    def draw(self, frame: Any):
-        self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
-        self.text.value = token_html.cards(frames.texts_at(frame)[:1])
-        if self.chart is None:
-            curves = figures.training_curves(frame).update_layout(width=850)
-            self.chart = go.FigureWidget(curves)
-            box = ipywidgets.VBox([self.status, self.chart, self.text])
+    def draw_widget(self, frame: Any):
+        """Show a status line, the curves, and the newest sample."""
+        if self.widget is None:
+            self.widget = go.FigureWidget(figures.training_curves(frame).update_layout(width=850))
+            self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
+            box = ipywidgets.VBox([self.status, self.widget, self.text])
             self.handle = display(box, display_id=True)
-            return
+        self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
+        self.text.value = token_html.cards(frames.samples_at(frame)[:1])
         [folder] = frame.attrs["runs"].values()
-        panels = figures.panel_lines(frame, folder=folder)
-        lines = [line for panel in panels for line in panel]  # in the order of the chart's traces
-        with self.chart.batch_update():
-            for trace, line in zip(self.chart.data, lines, strict=True):
+        lines = sum(figures.panel_lines(frame, folder=folder), [])  # in the order of the traces
+        with self.widget.batch_update():
+            for trace, line in zip(self.widget.data, lines, strict=True):
                 trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
                 trace.showlegend = trace.xaxis == "x" and bool(line["x"])
-
-    def finish(self, frame: Any):
-        super().draw(frame)
-        if self.chart is not None:
-            self.chart.close()

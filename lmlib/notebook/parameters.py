@@ -1,7 +1,6 @@
 """A notebook's variables as the parameters of a run."""
 
 import re
-import types
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +8,28 @@ from lmlib.config import RunConfig
 from lmlib.files import resolve_path
 from lmlib.parameters import unknown_name
 
-PLAIN = (str, int, float, bool, types.NoneType, list, dict, tuple)
-
 
 def run_config(namespace: dict[str, Any]) -> RunConfig:
     """Return the configuration that a notebook's variables describe: `run_config(globals())`.
 
     Strongest first: what papermill injected, what was edited in the parameters cell, the file that
-    `recipe` names, the defaults. A value in the cell that equals the default does not count as
-    edited: the cell lists every parameter, so it could not be told from one left alone.
+    `recipe` names, the defaults. The cell lists every parameter, so one that equals its default
+    counts as not edited.
     """
-    injected, assigned = notebook_parameters(namespace)
+    injected, assigned = _parameters(namespace)
     recipe = injected.pop("recipe", assigned.pop("recipe", None))
-    defaults = RunConfig().to_dict()
-    edited = {name: value for name, value in assigned.items()
-              if name not in defaults or value != defaults[name]}
-    return RunConfig.load(recipe, **{**edited, **injected})
+    defaults = RunConfig().to_dict().items()
+    edited = dict(item for item in assigned.items() if item not in defaults)
+    return RunConfig.load(recipe, **edited | injected)
 
 
 def notebook_folder(namespace: dict[str, Any]) -> Path:
     """Return the folder that a notebook's `output_dir` names.
 
-    Injected parameters of a recipe are allowed, so that one YAML file serves every notebook.
-
-    Raises:
-        ValueError: papermill injected a name that neither the notebook nor RunConfig has.
+    papermill may inject any parameter of RunConfig, so that one YAML file serves every notebook; a
+    name that neither the notebook nor RunConfig has is a ValueError.
     """
-    injected, assigned = notebook_parameters(namespace)
+    injected, assigned = _parameters(namespace)
     known = RunConfig().to_dict().keys() | assigned.keys()
     if unknown := sorted(injected.keys() - known):
         lines = "\n".join(f"  - {unknown_name(name, known)}" for name in unknown)
@@ -48,7 +42,7 @@ def notebook_run(namespace: dict[str, Any]) -> Path:
     return notebook_folder(namespace) / namespace["run_name"]
 
 
-def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (what papermill injected, what the parameters cell assigned), by name.
 
     IPython keeps the executed cells in `In`; papermill's own starts with "# Parameters". Where
@@ -63,6 +57,7 @@ def notebook_parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict
         elif values.keys() & {"run_name", "output_dir"}:
             assigned = values
     if not assigned:
-        assigned = {name: value for name, value in namespace.items() if isinstance(value, PLAIN)
+        plain = str | int | float | list | dict | tuple | None
+        assigned = {name: value for name, value in namespace.items() if isinstance(value, plain)
                     and not name.startswith("_") and name not in {"In", "Out", *injected}}
     return injected, assigned

@@ -21,52 +21,42 @@ from lmlib.notebook.live import is_live
 from lmlib.text import printable
 
 UPDATE_INTERVAL = 0.05  # least seconds between two updates of a text: a browser queues faster ones
-POLL_INTERVAL = 2.0  # seconds between two looks for new checkpoints
-CACHED_MODELS = 3  # comparing a few checkpoints should not load them again and again
-MAX_SEED = 2**53  # the largest integer that JavaScript holds exactly
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # the slider's value for a setting of None
-WIDE, HALF_WIDTH, LABELED = {"width": "97%"}, {"width": "47%"}, {"description_width": "9em"}
-Cell = tuple[int, Settings]  # checkpoint's step and settings
-Column = tuple[str, int, Settings]  # heading, checkpoint's step and settings
+WIDE, LABELED, WRAP = {"width": "97%"}, {"description_width": "9em"}, {"flex_flow": "row wrap"}
+Cell = tuple[int, Settings]  # what generates one text: the step of a checkpoint, and settings
 
 
 def playground(run_dir: str | Path, prompt: str = "", **settings: Any):
-    """Display the playground of a run; the settings are fields of `Settings`.
-
-    Widgets need JupyterLab; elsewhere a printed line says so.
-    """
+    """Display the playground of a run, in JupyterLab; the settings are fields of `Settings`."""
     if is_live():
         display(Playground(resolve_path(run_dir), prompt, Settings(**settings)).box)
     else:
-        print("The playground needs a browser: "
-              "open this notebook in JupyterLab and run this cell there.")
+        print("The playground needs a browser: open this notebook in JupyterLab and run this cell.")
 
 
 def setting_widgets(settings: Settings) -> dict[str, w.DOMWidget]:
     """Return a widget for each setting, as the table in `Settings` describes it."""
-    options = {"layout": HALF_WIDTH, "style": LABELED}
     found = {}
     for f in fields(Settings):
-        value, label = getattr(settings, f.name), f.metadata.get("label")
+        value, label = getattr(settings, f.name), f.metadata.get("label", "context full")
+        options = {"description": label, "layout": {"width": "47%"}, "style": LABELED}
         if f.metadata.get("slider"):
             low, high, step = f.metadata["slider"]
+            kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
             value = OFF[f.name] if value is None else value
-            slider = w.IntSlider if isinstance(step, int) else w.FloatSlider
             # A value beyond the slider's limits extends them instead of being clipped.
-            found[f.name] = slider(value, min=min(low, value), max=max(high, value), step=step,
-                                   description=label, **options)
-        elif f.name == "seed":
-            found[f.name] = w.BoundedIntText(value, min=0, max=MAX_SEED, description=label,
-                                             **options)
-        elif f.metadata.get("choices"):
-            found[f.name] = w.Dropdown(options=f.metadata["choices"], value=value,
-                                       description="context full", **options)
+            options |= {"min": min(low, value), "max": max(high, value), "step": step}
+            found[f.name] = kind(value, **options)
+        elif f.name == "seed":  # up to the largest integer that JavaScript holds exactly
+            found[f.name] = w.BoundedIntText(value, min=0, max=2**53, **options)
+        elif choices := f.metadata.get("choices"):
+            found[f.name] = w.Dropdown(options=choices, value=value, **options)
     return found
 
 
-def button(name: str, on_click: Callable[[], None], **options: Any) -> w.Button:
+def button(name: str, on_click: Callable[..., None], *arguments: Any, **options: Any) -> w.Button:
     made = w.Button(description=name, **options)
-    made.on_click(lambda _: on_click())
+    made.on_click(lambda _: on_click(*arguments))
     return made
 
 
@@ -76,21 +66,19 @@ class Sampler:
     `report(line, is_error=False)` shows a status line, `show_busy(is_busy)` whether a job runs.
     """
 
-    def __init__(self, run_dir: Path, report: Callable[..., None],
-                 show_busy: Callable[[bool], None]):
+    def __init__(self, run_dir: Path, report: Callable[..., None], show_busy: Callable[..., None]):
         self.run_dir, self.report, self.show_busy = run_dir, report, show_busy
         self.stop, self.thread = threading.Event(), None
         self.models: dict[Path, tuple[Any, Any]] = {}  # checkpoint -> model and tokenizer
 
     def start(self, job: Callable[[], None]):
         """Run a job in the thread, unless one is running."""
-        if self.thread is not None and self.thread.is_alive():
-            return
-        self.stop.clear()
-        self.report("…")
-        self.show_busy(True)
-        self.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
-        self.thread.start()
+        if self.thread is None or not self.thread.is_alive():
+            self.stop.clear()
+            self.report("…")
+            self.show_busy(True)
+            self.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
+            self.thread.start()
 
     def _run(self, job: Callable[[], None]):
         try:
@@ -105,20 +93,21 @@ class Sampler:
         """Return a checkpoint's model and tokenizer, from memory if they are there."""
         folder = checkpoint.find_checkpoint(self.run_dir, step)
         if folder not in self.models:
-            while len(self.models) >= CACHED_MODELS:
+            if len(self.models) >= 3:  # enough to compare checkpoints without loading them again
                 del self.models[next(iter(self.models))]
             self.models[folder] = checkpoint.load(folder)
         return self.models[folder]
 
-    def stream(self, model: Any, tokenizer: Any, ids: list[int], settings: Settings,
-               label: str = "") -> Iterator[Continuation]:
-        """Yield a continuation as it grows, at most every UPDATE_INTERVAL, and at its end."""
+    def stream(self, model: Any, tokenizer: Any, prompt: str, settings: Settings,
+               label: str = "", ids: list[int] | None = None) -> Iterator[Continuation]:
+        """Yield a continuation as it grows; `ids` are those of the prompt where they are known."""
+        window = model.config.sequence_length
+        ids = encode(model, tokenizer, prompt) if ids is None else ids[-window:]
         start, shown = time.monotonic(), 0.0
         for [text] in generate_ids(model, tokenizer, [ids], settings):
             is_last, now = text.ended_by or self.stop.is_set(), time.monotonic()
             if is_last or now - shown >= UPDATE_INTERVAL:
-                line = describe_continuation(text, model.config.sequence_length, now - start)
-                self.report(label + line)
+                self.report(label + describe_continuation(text, window, now - start))
                 yield text
                 shown = time.monotonic()
             if is_last:
@@ -130,58 +119,45 @@ class Playground:
 
     def __init__(self, run_dir: Path, prompt: str, settings: Settings):
         self.run_dir, self.given = run_dir, settings
-        self.columns: list[Column] = []
+        self.columns: list[Cell] = []
         self.last: tuple[str, Continuation] | None = None  # prompt and continuation on display
         self.sampler = Sampler(run_dir, self._report, self._show_busy)
-        steps = checkpoint.checkpoint_steps(run_dir)
-        ends = steps or [0]
         self.prompt = w.Textarea(prompt, placeholder="Type a prompt",
-                                 layout={**WIDE, "height": "5em"})
-        self.step = w.SelectionSlider(options=self._step_options(steps), description="checkpoint",
-                                      continuous_update=False, layout=WIDE, style=LABELED)
-        self.step.index = len(self.step.options) - 1
+                                 layout=WIDE | {"height": "5em"})
+        self.step = w.SelectionSlider(options=[0], description="checkpoint", layout=WIDE,
+                                      continuous_update=False, style=LABELED)
         self.fields = setting_widgets(settings)
-        self.buttons = {
-            "Generate": self._job_button("Generate", self.generate, button_style="primary"),
-            "Continue": self._job_button("Continue", self.continue_text),
-            "Another seed": self._job_button("Another seed", self.another_seed),
-            "Stop": button("Stop", self.sampler.stop.set, button_style="danger", disabled=True)}
         self.status, self.output, self.side_by_side, self.table, self.difference = (
             w.HTML(layout=WIDE) for _ in range(5))
         self.temperatures = w.Text("0, 0.5, 0.8, 1.2", description="temperatures", style=LABELED)
-        self.chosen = w.SelectMultiple(options=steps, value=steps[-2:], description="checkpoints",
-                                       rows=5, style=LABELED)
-        self.before = w.Dropdown(options=ends, value=ends[0], description="from")
-        self.after = w.Dropdown(options=ends, value=ends[-1], description="to")
-        self.box = self._layout()
-        threading.Thread(target=self._follow_checkpoints, daemon=True).start()
-
-    def _layout(self) -> w.VBox:
-        def row(*names: str) -> w.HBox:
-            return w.HBox([self.fields[name] for name in names])
-
+        self.chosen = w.SelectMultiple(description="checkpoints", rows=5, style=LABELED)
+        self.before, self.after = (w.Dropdown(description=name) for name in ("from", "to"))
+        self._show_checkpoints(checkpoint.checkpoint_steps(run_dir))
+        self.before.index, self.chosen.value = 0, self.chosen.options[-2:]
+        start = self.sampler.start
+        self.buttons = {made.description: made for made in [
+            button("Generate", start, self.generate, button_style="primary"),
+            button("Continue", start, self.continue_text),
+            button("Another seed", start, self.another_seed),
+            button("Stop", self.sampler.stop.set, button_style="danger", disabled=True)]}
         add = button("Add these settings", self._add_column,
                      tooltip="add a column with the checkpoint and settings above")
-        generate_all = self._job_button("Generate all", self.generate_columns)
-        clear = button("Clear", lambda: self._set_columns([]))
-        fill_grid = self._job_button("Fill the grid", self.generate_grid)
-        compare = self._job_button("Compare", self.compare)
-        tabs = {
-            "Tokens": w.VBox([self.output]),
-            "Side by side": w.VBox([w.HBox([add, generate_all, clear]), self.side_by_side]),
-            "Grid": w.VBox([self.temperatures, self.chosen, fill_grid, self.table]),
-            "Difference": w.VBox([w.HBox([self.before, self.after, compare]), self.difference])}
-        more = w.VBox([row("min_p", "repetition_penalty"), row("past_window")])
-        shown = [self.prompt, self.step, row("temperature", "max_new_tokens"),
-                 row("top_k", "top_p"), row("seed"), w.Accordion([more], titles=["More"]),
+        generate_all = button("Generate all", start, self.generate_columns)
+        clear = button("Clear", self._set_columns, [])
+        fill_grid = button("Fill the grid", start, self.generate_grid)
+        compare = button("Compare", start, self.compare)
+        tabs = {"Tokens": [self.output],
+                "Side by side": [w.HBox([add, generate_all, clear]), self.side_by_side],
+                "Grid": [self.temperatures, self.chosen, fill_grid, self.table],
+                "Difference": [w.HBox([self.before, self.after, compare]), self.difference]}
+        often = ["temperature", "max_new_tokens", "top_k", "top_p", "seed"]
+        rows = w.HBox([self.fields[name] for name in often], layout=WRAP)
+        more = w.HBox([self.fields[name] for name in self.fields if name not in often], layout=WRAP)
+        shown = [self.prompt, self.step, rows, w.Accordion([more], titles=["More"]),
                  w.HBox(list(self.buttons.values())), self.status,
-                 w.Tab(list(tabs.values()), titles=list(tabs))]
-        return w.VBox(shown, layout={"max_width": "900px"})
-
-    def _job_button(self, name: str, job: Callable[[], None], **options: Any) -> w.Button:
-        return button(name, lambda: self.sampler.start(job), **options)
-
-    # What the buttons do
+                 w.Tab(list(map(w.VBox, tabs.values())), titles=list(tabs))]
+        self.box = w.VBox(shown, layout={"max_width": "900px"})
+        threading.Thread(target=self._follow_checkpoints, daemon=True).start()
 
     def generate(self):
         """Continue the prompt."""
@@ -201,13 +177,13 @@ class Playground:
         self.generate()
 
     def generate_columns(self):
-        """Continue the prompt with the checkpoint and settings of each column."""
+        """Continue the prompt with the checkpoint and settings of each column, with one seed."""
         if not self.columns:
             self._add_column()
-        columns, prompt, seed = self.columns, self.prompt.value, self.fields["seed"].value
-        cells = [(step, replace(settings, seed=seed)) for _, step, settings in columns]
+        prompt, seed = self.prompt.value, self.fields["seed"].value
+        cells = [(step, replace(settings, seed=seed)) for step, settings in self.columns]
         for texts in self._generate_cells(prompt, cells):
-            self._show_columns(columns, prompt, texts)
+            self._show_columns(cells, prompt, texts)
 
     def generate_grid(self):
         """Continue the prompt at each temperature with each selected checkpoint."""
@@ -215,8 +191,7 @@ class Playground:
         try:
             temperatures = [float(word) for word in words if word.strip()]
         except ValueError:
-            raise ValueError("temperatures must be numbers with commas between them, "
-                             "as in 0, 0.8, 1.2") from None
+            raise ValueError("temperatures must be numbers, for example 0, 0.8, 1.2") from None
         steps, settings = self.chosen.value, self.settings()
         if not (steps and temperatures):
             raise ValueError("choose at least one checkpoint and one temperature")
@@ -228,45 +203,34 @@ class Playground:
 
     def compare(self):
         """Score the last continuation, or the prompt if there is none, with two checkpoints."""
-        steps = (self.before.value, self.after.value)
+        steps = self.before.value, self.after.value
         models = [self.sampler.load(step) for step in steps]
         if self.last:
             prompt, text = self.last
         else:  # all but the prompt's first token can be scored
             ids = encode(*models[1], self.prompt.value)
             prompt, text = models[1][1].decode(ids[:1]), Continuation(ids[:1], ids[1:])
-        [(_, before), (unscored, after)] = [
-            token_html.score_tokens(*loaded, text) for loaded in models]
+        (_, before), (unscored, after) = (token_html.score_tokens(*m, text) for m in models)
         names = (f"step {steps[0]}", f"step {steps[1]}")
-        self.difference.value = token_html.shade_difference(
-            prompt + unscored, before, after, names)
+        self.difference.value = token_html.shade_difference(prompt + unscored, before, after, names)
         self._report(f"Blue: {names[1]} finds it likelier than {names[0]}; orange: less likely.")
 
     def _add_column(self):
-        step, s = self.step.value, self.settings()
-        heading = f"step {step}, temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
-        self._set_columns([*self.columns, (heading, step, s)])
+        self._set_columns([*self.columns, (self.step.value, self.settings())])
 
-    def _set_columns(self, columns: list[Column]):
+    def _set_columns(self, columns: list[Cell]):
         self.columns = columns
         self._show_columns(columns, self.prompt.value, [""] * len(columns))
-
-    # How text is generated
 
     def settings(self) -> Settings:
         """Return the settings that the widgets show; the others are those given at the start."""
         values = {name: field.value for name, field in self.fields.items()}
-        return replace(self.given, **{**values, "min_p": values["min_p"] or None})
+        return replace(self.given, **values | {"min_p": values["min_p"] or None})
 
     def _generate(self, prompt: str, ids: list[int] | None = None):
-        """Show a continuation of `prompt` as it grows, then its tokens' probabilities.
-
-        `ids` are the prompt's token ids where they are known; else it is encoded.
-        """
+        """Show a continuation of `prompt` as it grows, then its tokens' probabilities."""
         model, tokenizer = self.sampler.load(self.step.value)
-        window = model.config.sequence_length
-        ids = encode(model, tokenizer, prompt) if ids is None else ids[-window:]
-        for text in self.sampler.stream(model, tokenizer, ids, self.settings()):
+        for text in self.sampler.stream(model, tokenizer, prompt, self.settings(), ids=ids):
             self.output.value = token_html.plain(prompt, text.text)
         self.last = prompt, text
         unscored, tokens = token_html.score_tokens(model, tokenizer, text)
@@ -279,49 +243,41 @@ class Playground:
             if self.sampler.stop.is_set():
                 return
             model, tokenizer = self.sampler.load(step)
-            ids = encode(model, tokenizer, prompt)
-            for text in self.sampler.stream(model, tokenizer, ids, settings, f"step {step}: "):
+            for text in self.sampler.stream(model, tokenizer, prompt, settings, f"step {step}: "):
                 texts[number] = text.text
                 yield texts
 
-    # What is shown
-
     def _report(self, line: str, is_error: bool = False):
         style = "color: #D55E00" if is_error else "opacity: .75"
-        line = html.escape(printable(line))
-        self.status.value = f"<span role='status' style='{style}'>{line}</span>"
+        shown = html.escape(printable(line))
+        self.status.value = f"<span role='status' style='{style}'>{shown}</span>"
 
     def _show_busy(self, is_busy: bool):
         for name, shown in self.buttons.items():
             shown.disabled = is_busy != (name == "Stop")
 
-    def _show_columns(self, columns: list[Column], prompt: str, texts: list[str]):
-        boxes = [(heading, prompt, text)
-                 for (heading, _, _), text in zip(columns, texts, strict=True)]
-        self.side_by_side.value = token_html.cards(boxes)
-
-    def _step_options(self, steps: list[int]) -> list[tuple[str, int]]:
-        mark = LEAKY_NAME if known_leaks(self.run_dir) else ""
-        return [(f"step {step}{mark}", step) for step in steps] or [("no checkpoint yet", 0)]
+    def _show_columns(self, columns: list[Cell], prompt: str, texts: list[str]):
+        self.side_by_side.value = token_html.cards([
+            (f"step {step}, temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}",
+             prompt, text) for (step, s), text in zip(columns, texts, strict=True)])
 
     def _follow_checkpoints(self):
         """Offer the checkpoints that a run saves while the playground is open."""
-        known = checkpoint.checkpoint_steps(self.run_dir)
         while self.box.comm is not None:  # until the widget is closed
-            time.sleep(POLL_INTERVAL)
-            if (steps := checkpoint.checkpoint_steps(self.run_dir)) != known:
-                known = steps
+            time.sleep(2)
+            if (steps := checkpoint.checkpoint_steps(self.run_dir)) != list(self.chosen.options):
                 self._show_checkpoints(steps)
 
     def _show_checkpoints(self, steps: list[int]):
+        """Offer checkpoints; what is selected stays, or becomes the last one if it is gone."""
         selected, kept = self.step.value, [step for step in self.chosen.value if step in steps]
+        mark = LEAKY_NAME if known_leaks(self.run_dir) else ""
+        labeled = [(f"step {step}{mark}", step) for step in steps] or [("no checkpoint yet", 0)]
         ends = steps or [0]
-        for field, options in [(self.step, self._step_options(steps)),
-                               (self.before, ends), (self.after, ends)]:
+        for field, options in [(self.step, labeled), (self.before, ends), (self.after, ends)]:
             value = field.value
             field.options = options
             field.value = value if value in steps else ends[-1]
-        self.chosen.options = steps
-        self.chosen.value = kept
+        self.chosen.options, self.chosen.value = steps, kept
         if selected and selected not in steps:
             self._report(f"The checkpoint of step {selected} is gone.", is_error=True)

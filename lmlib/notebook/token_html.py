@@ -2,8 +2,6 @@
 
 Text from a model, a prompt or a run's name is untrusted: every piece of it is escaped. A token's
 details appear when the mouse hovers over it or the Tab key gives it focus.
-
-Shapes: N scored tokens, V vocabulary entries.
 """
 
 import html
@@ -28,10 +26,9 @@ STYLE = """<style>
   font-family: var(--jp-code-font-family, monospace); padding: .5em 0 }
 .lmlib-text .given { opacity: .6 }
 .lmlib-text .token { position: relative; border-radius: 3px }
-.lmlib-text .token:hover::after, .lmlib-text .token:focus::after { content: attr(data-tip);
-  white-space: pre; position: absolute; left: 0; top: 1.7em; z-index: 9; background: #222;
-  color: #fff; padding: .5em .8em; border-radius: 5px; font-size: 12px; line-height: 1.45;
-  pointer-events: none }
+.lmlib-text .token:is(:hover, :focus)::after { content: attr(data-tip); white-space: pre;
+  position: absolute; left: 0; top: 1.7em; z-index: 9; background: #222; color: #fff;
+  padding: .5em .8em; border-radius: 5px; font-size: 12px; line-height: 1.45; pointer-events: none }
 </style>"""
 
 
@@ -50,33 +47,27 @@ def score_tokens(model: LanguageModel, tokenizer: Any,
                  text: Continuation) -> tuple[str, list[Token]]:
     """Score a continuation's tokens, each predicted from all before it, in one forward pass.
 
-    A text longer than the context window is cut at its start. Tokens with less than half a window
-    before them then get no score: they were generated from more context than the cut leaves.
-
-    Returns:
-        The start of the continuation that has no score, as text, and the scored tokens.
-
-    Raises:
-        ValueError: the continuation follows no prompt.
+    Returns the start of the continuation that has no score, as text, and the N scored tokens: a
+    text longer than the context window is cut at its start, and what then has less than half a
+    window before it was generated from more context than the cut leaves. ValueError: no prompt.
     """
-    ids, first = text.prompt_ids + text.ids, len(text.prompt_ids)
-    if first < 1:
+    if not text.prompt_ids:
         raise ValueError("The first token of a text cannot be scored: nothing comes before it. "
                          "Give at least one token as the prompt.")
+    ids, first = text.prompt_ids + text.ids, len(text.prompt_ids)
     window = model.config.sequence_length
     if (dropped := len(ids) - window) > 0:
         ids, first = ids[dropped:], max(first - dropped, window // 2)
     logits = model(torch.tensor([ids], device=model.lm_head.weight.device))
-    probabilities = logits[0, first - 1 : -1].softmax(-1).cpu()  # (N, V)
+    probabilities = logits[0, first - 1 : -1].softmax(-1).cpu()  # (N, vocabulary)
     top = probabilities.topk(min(ALTERNATIVES, probabilities.shape[-1]))
     tokens, so_far = [], Continuation(ids[:first])
     for row, token_id, values, others in zip(probabilities, ids[first:], *top, strict=True):
         so_far.ids.append(token_id)
         detokenize(so_far, tokenizer)
-        alternatives = [(tokenizer.decode([other]), value)
-                        for other, value in zip(others.tolist(), values.tolist(), strict=True)]
+        alternatives = zip(map(tokenizer.decode, others.tolist()), values.tolist(), strict=True)
         rank = int((row > row[token_id]).sum()) + 1
-        tokens.append(Token(so_far.piece, float(row[token_id]), rank, alternatives))
+        tokens.append(Token(so_far.piece, float(row[token_id]), rank, list(alternatives)))
     unscored = text.ids[: len(text.ids) - len(tokens)]
     return tokenizer.decode(unscored, skip_special_tokens=True), tokens
 
@@ -85,11 +76,10 @@ def shade(prompt: str, tokens: list[Token]) -> str:
     """Show a prompt and tokens behind it, in deeper orange the less likely they were."""
     spans = []
     for token in tokens:
-        # Full color at a probability of 1e-4 or less.
-        surprise = min(1.0, -math.log10(max(token.probability, MIN_PROBABILITY)) / 4)
-        tip = [f"{_quote(token.piece)}  {token.probability:.1%}, rank {token.rank:,}", ""]
-        tip += [f"{value:6.1%}  {_quote(piece)}" for piece, value in token.alternatives]
-        spans.append(_span(token.piece, f"rgba({ORANGE}, {0.6 * surprise:.2f})", tip))
+        tip = [f"{_quote(token.piece)}  {token.probability:.1%}, rank {token.rank:,}", "",
+               *(f"{value:6.1%}  {_quote(piece)}" for piece, value in token.alternatives)]
+        surprise = -math.log10(max(token.probability, MIN_PROBABILITY))
+        spans.append(_span(token.piece, ORANGE, surprise / 4, tip))  # full color at 1e-4 or less
     return _text(prompt, spans)
 
 
@@ -98,18 +88,16 @@ def shade_difference(prompt: str, before: list[Token], after: list[Token],
     """Show tokens that two models scored: blue where likelier by the second, else orange."""
     spans = []
     for pair in zip(before, after, strict=True):
+        tip = [_quote(pair[0].piece), *(f"{name}: {token.probability:.1%}, rank {token.rank:,}"
+                                        for name, token in zip(names, pair, strict=True))]
         old, new = (max(token.probability, MIN_PROBABILITY) for token in pair)
         gain = math.log(new / old)
-        strength = 0.6 * min(1.0, abs(gain) / 3)  # full color at a factor of e^3, about 20
-        tip = [_quote(pair[0].piece)]
-        tip += [f"{name}: {token.probability:.1%}, rank {token.rank:,}"
-                for name, token in zip(names, pair, strict=True)]
-        color = f"rgba({BLUE if gain > 0 else ORANGE}, {strength:.2f})"
-        spans.append(_span(pair[0].piece, color, tip))
+        color = BLUE if gain > 0 else ORANGE  # full color at a factor of e^3, about 20
+        spans.append(_span(pair[0].piece, color, abs(gain) / 3, tip))
     return _text(prompt, spans)
 
 
-def plain(prompt: str, continuation: str = "") -> str:
+def plain(prompt: str, continuation: str) -> str:
     """Show a prompt and its continuation so far."""
     return _text(prompt, [_escape(continuation)])
 
@@ -123,12 +111,10 @@ def cards(columns: list[tuple[str, str, str]]) -> str:
 
 def grid(columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
     """Show a table of texts: a heading for each column, and rows of (heading, texts)."""
-    def headings(names: list[str]) -> str:
-        return "".join(f"<th {CELL}>{_escape(name)}</th>" for name in names)
-
-    lines = [headings(["", *columns])]
-    lines += [headings([heading]) + "".join(f"<td {CELL}>{plain('', text)}</td>" for text in texts)
-              for heading, texts in rows]
+    lines = ["".join(f"<th {CELL}>{_escape(name)}</th>" for name in ["", *columns])]
+    for heading, texts in rows:
+        cells = "".join(f"<td {CELL}>{plain('', text)}</td>" for text in texts)
+        lines.append(f"<th {CELL}>{_escape(heading)}</th>{cells}")
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table style='border-collapse: collapse'>{body}</table>"
 
@@ -138,10 +124,11 @@ def _text(prompt: str, spans: list[str]) -> str:
     return f"{STYLE}<div class='lmlib-text'>{given}{''.join(spans)}</div>"
 
 
-def _span(piece: str, color: str, tip: list[str]) -> str:
+def _span(piece: str, color: str, strength: float, tip: list[str]) -> str:
     tip_text = html.escape("\n".join(tip)).replace("\n", "&#10;")
     shown = html.escape(printable(piece).replace("\n", "↵\n"))
-    return (f"<span class='token' tabindex='0' style='background: {color}' "
+    background = f"rgba({color}, {0.6 * min(1.0, strength):.2f})"
+    return (f"<span class='token' tabindex='0' style='background: {background}' "
             f"data-tip='{tip_text}'>{shown}</span>")
 
 

@@ -1,7 +1,6 @@
 """Who writes to a run's folder: the lock, the heartbeat, the run's status, requests to stop."""
 
 import json
-import math
 import os
 import platform
 import signal
@@ -19,36 +18,26 @@ from lmlib.files import read_mapping, utc_now
 BEAT = 5.0  # seconds between heartbeats
 
 
-# ---------------------------------------------------------------------------------------------
-# Lock
-
-
 def _lock_file(run_dir: Path) -> Path:
     return run_dir.parent / ".locks" / f"{run_dir.name}.lock"  # outside what users copy and delete
 
 
 @contextmanager
 def hold_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run for this process.
+    """Hold the run for this process; raises a ValueError that names the process that holds it.
 
     The system drops the lock when the process ends, even by a kill, so no stale lock remains.
-
-    Raises:
-        ValueError: another process holds it; its pid is named.
     """
     path = _lock_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0.1, poll_interval=0.02)  # `lock_holder` may hold it for an instant
+    try:  # waits an instant, since `lock_holder` may hold it to look
+        held = FileLock(path).acquire(timeout=1, poll_interval=0.02)
     except Timeout:
         raise ValueError(f"{run_dir} is being written by process {_pid(path)}; stop that one "
                          "first, or choose another run_name.") from None
-    try:
+    with held:
         path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         yield
-    finally:
-        lock.release()
 
 
 def lock_holder(run_dir: Path) -> str | None:
@@ -58,16 +47,15 @@ def lock_holder(run_dir: Path) -> str | None:
 
 def _is_locked(run_dir: Path) -> bool | None:
     """Say whether the run is locked; None where this user may not look."""
-    lock = FileLock(_lock_file(run_dir))
+    path = _lock_file(run_dir)
     try:
-        if not Path(lock.lock_file).exists():
-            return False
-        lock.acquire(blocking=False)
+        if path.exists():
+            with FileLock(path).acquire(blocking=False):
+                pass
     except Timeout:
         return True
     except OSError:
         return None
-    lock.release()
     return False
 
 
@@ -78,25 +66,20 @@ def _pid(lock_file: Path) -> str:
         return "unknown"
 
 
-# ---------------------------------------------------------------------------------------------
-# Heartbeat and status
-
-
 @contextmanager
 def heartbeat(run_dir: Path) -> Iterator[None]:
     """Rewrite heartbeat.json every BEAT seconds from a thread, so that readers see the run alive.
 
-    The file is removed at the end; a kill leaves it behind, and its age tells.
+    The file is removed at the end; a kill leaves it behind, and it grows old.
     """
     path, ended = run_dir / "heartbeat.json", threading.Event()
     content = {"pid": os.getpid(), "machine": platform.node(), "started": utc_now()}
 
     def beat():
-        while True:
+        while not ended.is_set():
             with suppress(OSError):  # a full disk is for the saver to report
                 path.write_text(json.dumps(content))
-            if ended.wait(BEAT):
-                return
+            ended.wait(BEAT)
 
     thread = threading.Thread(target=beat, daemon=True)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -117,21 +100,17 @@ def run_status(run_dir: Path) -> str:
     try:
         age = time.time() - beat.stat().st_mtime
     except OSError:
-        age = math.inf
-    if age < math.inf:
-        here = read_mapping(beat).get("machine") == platform.node()
-        locked = _is_locked(run_dir) if here else None
+        age = None
+    if age is not None:
+        is_here = read_mapping(beat).get("machine") == platform.node()
+        locked = _is_locked(run_dir) if is_here else None
         if age < 6 * BEAT if locked is None else locked:
             return "running"
     if (run_dir / "results.json").exists():
         return "finished"
-    if age < math.inf:
+    if age is not None:
         return "died"
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
-
-
-# ---------------------------------------------------------------------------------------------
-# Stop
 
 
 @contextmanager

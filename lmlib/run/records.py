@@ -1,4 +1,4 @@
-"""What a run writes down: its records (metrics.jsonl), and what results.json says of it."""
+"""What a run records: the lines of metrics.jsonl, and what results.json says of the run."""
 
 import json
 import os
@@ -19,22 +19,21 @@ class Record:
     "nonfinite", "out_of_memory". Values are attributes too: `record.loss`, `record.val_loss`. What
     depends on the clock or the machine is in `timing`, so that the rest repeats exactly.
     """
-
     kind: str
     step: int
     values: dict[str, Any]
     timing: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        for values in (self.__dict__.get("values", {}), self.__dict__.get("timing", {})):
-            if name in values:
-                return values[name]
-        kind = self.__dict__.get("kind")
-        raise AttributeError(f"a record of kind {kind!r} has no {name!r}")
+        fields = self.__dict__  # empty while a record is unpickled or copied
+        found = {**fields.get("timing", {}), **fields.get("values", {})}
+        if name not in found:
+            raise AttributeError(f"a record of kind {fields.get('kind')!r} has no {name!r}")
+        return found[name]
 
     def to_json(self) -> str:
-        return json.dumps({"kind": self.kind, "step": self.step, **self.values,
-                           "timing": self.timing})
+        line = {"kind": self.kind, "step": self.step, **self.values, "timing": self.timing}
+        return json.dumps(line)
 
 
 def parse_record(line: str) -> Any:
@@ -59,7 +58,6 @@ class Metrics:
 
     It is truncated to the size that the checkpoint recorded: what came later will come again.
     """
-
     def __init__(self, path: Path, size: int):
         if size > (path.stat().st_size if path.exists() else 0):
             raise ValueError(f"{path} is shorter than its checkpoint says, so it was edited or "
@@ -80,10 +78,6 @@ class Metrics:
         self.file.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# For people
-
-
 def describe(record: Record, total_steps: int) -> str:
     """Describe a record in one line of plain text."""
     r, at = record, f"Step {record.step}/{total_steps}"
@@ -98,8 +92,8 @@ def describe(record: Record, total_steps: int) -> str:
         return printable(f"⚠ This run LEAKS ({r.leaks}), which allow_leaks permits: its scores "
                          "are not those of a language model.")
     if r.kind == "audit":
-        failed = [name for name, text in r.verdicts.items() if not text.startswith("pass")]
-        verdict = f"⚠ see {', '.join(failed)} in results.json" if failed else "passed"
+        failed = ", ".join(name for name, text in r.verdicts.items() if not text.startswith("pass"))
+        verdict = f"⚠ see {failed} in results.json" if failed else "passed"
         return f"Audit: {', '.join(r.verdicts)}: {verdict}"
     if r.kind == "sample":
         prompt, text = (json.dumps(part[0], ensure_ascii=False) for part in (r.prompts, r.texts))
@@ -119,9 +113,8 @@ def describe(record: Record, total_steps: int) -> str:
 
 def model_name(config: RunConfig) -> str:
     """Name the model as Experiment 8 does: attention_mlp_512d, moe_8e_2k_512d."""
-    kind = "mlp"
-    if config.feed_forward == "moe":
-        kind = f"moe_{config.num_experts}e_{config.num_experts_per_tok}k"
+    experts = f"moe_{config.num_experts}e_{config.num_experts_per_tok}k"
+    kind = experts if config.feed_forward == "moe" else "mlp"
     return f"{'attention_' if config.attention == 'mla' else ''}{kind}_{config.hidden_size}d"
 
 
@@ -131,12 +124,9 @@ def measured_on(config: RunConfig, windows: int, store_info: dict[str, Any]) -> 
     source = f"validation text ({source})"
     if config.split == "windows":
         source = f"NOT held out (windows of {config.corpus} that overlap training windows)"
-    validation, training = store_info["held-out"], store_info["training"]
-    return {
-        "scores": f"{source}, {windows} windows of {config.sequence_length} tokens, after the "
-                  "last step",
-        "held_out_share_of_tokens": store_info["held_out_share"],
-        "held_out_documents": validation["documents"],
-        "training_documents": training["documents"],
-        "training_tokens": training["tokens"],
-    }
+    training = store_info["training"]
+    return {"scores": f"{source}, {windows} windows of {config.sequence_length} tokens, after the "
+                      "last step",
+            "held_out_share_of_tokens": store_info["held_out_share"],
+            "held_out_documents": store_info["held-out"]["documents"],
+            "training_documents": training["documents"], "training_tokens": training["tokens"]}

@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from lmlib import checkpoint, optim
+from lmlib import checkpoint, files, optim
 from lmlib.config import RunConfig
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.files import (
-    display_path,
-    os_errors_as_value_errors,
-    read_json,
-    read_mapping,
-    resolve_path,
-)
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
@@ -31,7 +24,6 @@ from lmlib.run.device import pick_device, pick_dtype
 @dataclass(frozen=True)
 class Start:
     """How `train(config)` starts."""
-
     config: RunConfig  # with what it leaves open taken from the run's folder
     device: torch.device
     dtype: torch.dtype
@@ -43,23 +35,22 @@ class Start:
     steps: list[int]  # of the run's checkpoints when this was decided
 
     @property
-    def has_state(self) -> bool:
-        """Whether the optimizer state is loaded from the source too."""
-        return self.resumes or (self.source is not None and self.config.init_state == "full")
+    def parent(self) -> Path | None:
+        """The model folder that a new run is initialized from, if any."""
+        return None if self.resumes else self.source
 
 
 def find_start(config: RunConfig) -> Start:
-    """Decide how the run of `config` starts, reading its folder and its parent's.
+    """Decide how the run of `config` starts, reading its folder and its parent's; writes nothing.
 
-    Raises:
-        ValueError: the folder has a run with other parameters, no checkpoint is usable, the parent
-            or its tokenizer does not fit, or the device is not there. Nothing was written.
+    Raises a ValueError if the folder has a run with other parameters, no checkpoint is usable, the
+    parent or its tokenizer does not fit, or the device is not there.
     """
     config, device = merge_recorded(config), pick_device(config.device)
     run_dir, steps = config.run_dir, checkpoint.checkpoint_steps(config.run_dir)
-    results = read_json(run_dir / "results.json")
+    results = files.read_json(run_dir / "results.json")
     is_finished = isinstance(results, dict) and results.get("total_steps") == config.total_steps
-    step, source, tokenizer = 0, None, None
+    step, source = 0, None
     if is_finished:
         step = config.total_steps
     elif steps:
@@ -69,27 +60,21 @@ def find_start(config: RunConfig) -> Start:
         raise ValueError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
                          "resume: choose another run_name.")
     elif config.init_from:
-        source = checkpoint.find_checkpoint(config.init_from, config.init_step)
-        tokenizer = _tokenizer_of(config, source)
-        if source != resolve_path(config.init_from):  # a run, of which a step was chosen
-            config = replace(config, init_step=read_mapping(source / "checkpoint.json")["step"])
-        step = _state_step(source) if config.init_state == "full" else 0
-    if source and config.init_from:
-        tokenizer = str(source)
+        config, source, step = _start_from_parent(config)
     if step > config.total_steps:
         raise ValueError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
-                 resumes=bool(steps) and not is_finished, tokenizer=tokenizer,
+                 resumes=bool(steps) and not is_finished,
+                 tokenizer=str(source) if source and config.init_from else None,
                  results=results if is_finished else None, steps=steps)
 
 
 def merge_recorded(config: RunConfig) -> RunConfig:
     """Fill in what `config` leaves open from the run in its folder, if there is one.
 
-    Raises:
-        ValueError: that run has other parameters; each is named with both values.
+    Raises a ValueError that names each parameter in which that run differs, with both values.
     """
-    recorded = read_json(config.run_dir / "config.json")
+    recorded = files.read_json(config.run_dir / "config.json")
     if recorded is None:
         return config
     for name in ("vocab_size", "init_step"):
@@ -102,30 +87,30 @@ def merge_recorded(config: RunConfig) -> RunConfig:
         different.append(f"total_steps is {config.total_steps} and was "
                          f"{recorded['total_steps']}; it may only grow")
     if different:
-        lines = "\n".join(f"  - {line}" for line in different)
-        raise ValueError(f"{config.run_dir} has a run with other parameters:\n{lines}\n"
-                         "Choose another run_name, or set these to the values they had.")
+        lines = "\n  - ".join([f"{config.run_dir} has a run with other parameters:", *different])
+        raise ValueError(f"{lines}\nChoose another run_name, or set these to the values they had.")
     return config
 
 
-def _tokenizer_of(config: RunConfig, source: Path) -> str:
-    """Check that the tokenizer asked for, if any, is the one the weights were trained with."""
+def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
+    """Return the config with its `init_step`, the model folder to start from, and the step."""
+    source = checkpoint.find_checkpoint(config.init_from, config.init_step)
     if config.tokenizer != "train":
         asked, known = load_tokenizer(config.tokenizer), load_tokenizer(str(source))
         if asked.get_vocab() != known.get_vocab():
             raise ValueError(
                 f"The tokenizer {config.tokenizer} is not the one that {config.init_from} was "
                 "trained with; leave `tokenizer` at 'train' to use that one.")
-    return str(source)
-
-
-def _state_step(source: Path) -> int:
+    if source != files.resolve_path(config.init_from):  # a run, of which a step was chosen
+        manifest = files.read_mapping(source / "checkpoint.json")
+        config = replace(config, init_step=manifest["step"])
+    if config.init_state == "weights":
+        return config, source, 0
     if not (source / "training_state").exists():
-        raise ValueError(
-            f"{source} has no training state any more (only the newest "
-            f"{checkpoint.STATES_KEPT} checkpoints of a run keep theirs), so its optimizer cannot "
-            "resume; use init_state: weights.")
-    return checkpoint.verify_state(source)["step"]
+        raise ValueError(f"{source} has no training state any more (only the newest "
+                         f"{checkpoint.STATES_KEPT} checkpoints of a run keep theirs), so its "
+                         "optimizer cannot resume; use init_state: weights.")
+    return config, source, checkpoint.verify_state(source)["step"]
 
 
 def open_store(start: Start) -> TokenStore:
@@ -133,7 +118,7 @@ def open_store(start: Start) -> TokenStore:
     config, tokenizer = start.config, start.tokenizer
     if start.results and config.init_from:  # finished: its checkpoints have the parent's tokenizer
         tokenizer = str(checkpoint.newest_good(config.run_dir))
-    with os_errors_as_value_errors(config.run_dir):
+    with files.os_errors_as_value_errors(config.run_dir):
         return prepare(config, tokenizer=tokenizer)
 
 
@@ -142,9 +127,8 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
     if source is None:
         return LanguageModel(config)
     theirs = huggingface.read_config(source)
-    different = [f"{name} to {getattr(theirs, name)!r}" for name in config.model_parameters()
-                 if getattr(theirs, name) != getattr(config, name)]
-    if different:
+    if different := [f"{name} to {getattr(theirs, name)!r}" for name in config.model_parameters()
+                     if getattr(theirs, name) != getattr(config, name)]:
         raise ValueError(f"The model in {source} has another shape. To start from it, set "
                          f"{', '.join(different)}.")
     return huggingface.load_weights(source, config)
@@ -154,21 +138,20 @@ def disk_needed(config: RunConfig, model: LanguageModel,
                 optimizers: list[torch.optim.Optimizer], step: int) -> int:
     """Return the bytes that the checkpoints of a run will take from `step` on."""
     count = math.ceil((config.total_steps - step) / config.checkpoint_every)
-    tensors = huggingface.model_tensors(model).values()
-    each = sum(tensor.nbytes for tensor in tensors) + 1_000_000  # roughly, a tokenizer
+    tokenizer = 1_000_000  # roughly
+    each = sum(tensor.nbytes for tensor in huggingface.model_tensors(model).values()) + tokenizer
     states = min(count, checkpoint.STATES_KEPT + 1)  # one is being written
     return count * each + states * optim.state_bytes(optimizers)
 
 
 def greeting(start: Start) -> str:
     """Say in one line what `train(config)` is about to do."""
-    config, folder = start.config, display_path(start.config.run_dir)
+    config, folder = start.config, files.display_path(start.config.run_dir)
     if start.results:
-        return (f"{folder} is finished: {config.total_steps} steps. To continue, raise "
-                "total_steps.")
+        return f"{folder} is finished: {config.total_steps} steps. To continue, raise total_steps."
     if start.resumes:
         line = f"Resuming from step {start.step} of {config.total_steps} in {folder}."
-        ended = (read_json(config.run_dir / "config.json") or {}).get("total_steps", math.inf)
+        ended = (files.read_json(config.run_dir / "config.json") or {}).get("total_steps", math.inf)
         if ended < config.total_steps:
             line += f" The cosine that ended at step {ended} is stretched to the new end."
         return line

@@ -1,6 +1,5 @@
 """How fast a run trains, against what its machine can do."""
 
-import math
 import time
 from functools import cached_property
 from typing import Any
@@ -14,20 +13,17 @@ from lmlib.model.transformer import LanguageModel
 class Throughput:
     """The clocks of a run over all its sessions: total seconds, and those of its updates alone.
 
-    Args:
-        before: what `state()` returned when the run was last saved; work lost since is left out.
+    `before` is what `state()` returned when the run was last saved; work lost since is left out.
     """
-
-    def __init__(self, model: LanguageModel, total_steps: int, batch_tokens: int,
-                 dtype: torch.dtype, before: dict[str, float]):
-        self.device, self.dtype = next(model.parameters()).device, dtype
-        self.total_steps, self.batch_tokens = total_steps, batch_tokens
+    def __init__(self, model: LanguageModel, dtype: torch.dtype, before: dict[str, float]):
+        self.device, self.dtype, config = next(model.parameters()).device, dtype, model.config
+        self.total_steps = config.total_steps
+        self.batch_tokens = config.batch_size * config.sequence_length
         self.flops_per_token = flops_per_token(model)
-        self.seconds_before = before.get("seconds", 0.0)
+        self.started = time.perf_counter() - before.get("seconds", 0.0)
         self.update_seconds = before.get("update_seconds", 0.0)
         self.updates = before.get("updates", 0)
         self.logged = self.update_seconds, self.updates
-        self.started = time.perf_counter()
 
     @cached_property
     def peak(self) -> float:
@@ -39,13 +35,13 @@ class Throughput:
 
     def end_update(self):
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)  # kernels run asynchronously
         self.update_seconds += time.perf_counter() - self.update_started
         self.updates += 1
 
     def seconds(self) -> float:
         """Return the seconds of all sessions, evaluations and saves included."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def state(self) -> dict[str, float]:
         return {"seconds": self.seconds(), "update_seconds": self.update_seconds,
@@ -57,17 +53,14 @@ class Throughput:
 
     def since_last_log(self, step: int) -> dict[str, Any]:
         """Return tokens/s and utilization since the last call, and the seconds left."""
-        seconds = self.update_seconds - self.logged[0]
-        rate = (self.updates - self.logged[1]) * self.batch_tokens / seconds
+        seconds, updates = self.update_seconds - self.logged[0], self.updates - self.logged[1]
+        rate, steps_left = updates * self.batch_tokens / seconds, self.total_steps - step
         self.logged = self.update_seconds, self.updates
-        timing = {
-            "tokens_per_second": round(rate, 1),
-            "utilization": round(self.flops_per_token * rate / self.peak, 4),
-            "seconds_left": round((self.total_steps - step) * self.seconds() / self.updates, 1),
-        }
+        timing = {"tokens_per_second": round(rate, 1),
+                  "utilization": round(self.flops_per_token * rate / self.peak, 4),
+                  "seconds_left": round(steps_left * self.seconds() / self.updates, 1)}
         if self.device.type == "cuda":
-            peak_bytes = torch.cuda.max_memory_allocated(self.device)
-            timing["gpu_memory_gb"] = round(peak_bytes / 1e9, 3)
+            timing["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
         return timing
 
 
@@ -77,11 +70,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     slow = dtype != torch.float32 and device.type != "cuda"  # bfloat16 without such units: once
-    best = math.inf
+    seconds = []
     for _ in range(1 if slow else 8):
         started = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)

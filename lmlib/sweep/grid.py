@@ -15,11 +15,8 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
     """Return every recipe with every combination of the grid's values.
 
     A run's name says which values it has: `mlp-seed0-learning_rate0.01`. Runs that differ only in
-    parameters that their model ignores are one run.
-
-    Raises:
-        ValueError: the sweep is empty, or lists every mistake: invalid recipes and values, and
-            folders that two runs would share.
+    parameters that their model ignores are one run. A ValueError says that the sweep is empty, or
+    lists every mistake: invalid recipes and values, and folders that two runs would share.
     """
     configs, mistakes, seen = [], [], []
     for recipe in recipes:
@@ -30,7 +27,11 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
             continue
         for values in itertools.product(*grid.values()):
             chosen = {**given, **dict(zip(grid, values, strict=True))}
-            chosen["run_name"] = _name(chosen.get("run_name") or Path(recipe).stem, chosen, grid)
+            # The seed and the parameters that have several values.
+            varied = [f"{name}{chosen[name]}" for name in grid
+                      if name == "seed" or (len(grid[name]) > 1 and name != "run_name")]
+            name = "-".join([str(chosen.get("run_name") or Path(recipe).stem), *varied])
+            chosen["run_name"] = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
             try:
                 config = RunConfig(**chosen)
             except ValueError as error:
@@ -41,7 +42,7 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
             used = {name: value for name, value in config.to_dict().items() if name not in ignored}
             if used not in seen:
                 configs.append(config)
-            seen.append(used)
+                seen.append(used)
     folders = [config.run_dir for config in configs]
     mistakes += [f"two runs would share the folder {display_path(folder)}"
                  for folder in folders if folders.count(folder) > 1]
@@ -51,10 +52,3 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
     if not configs:
         raise ValueError("The sweep is empty: name at least one recipe.")
     return configs
-
-
-def _name(base: str, chosen: dict[str, Any], grid: dict[str, list[Any]]) -> str:
-    """Name a run by its seed and the parameters that have several values, behind `base`."""
-    varied = [f"{name}{chosen[name]}" for name, values in grid.items()
-              if name == "seed" or (len(values) > 1 and name != "run_name")]
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([str(base), *varied]))[:100]

@@ -12,7 +12,6 @@ from lmlib.training import apply_update
 @dataclass(frozen=True)
 class RangeTest:
     """The losses of a range test, and the factor of the learning rates that they suggest."""
-
     config: RunConfig
     factors: list[float]  # of the recipe's learning_rate and muon_learning_rate
     losses: list[float]  # nats per token, smoothed
@@ -21,10 +20,10 @@ class RangeTest:
     @property
     def suggestion(self) -> dict[str, float]:
         """The suggested learning rates by parameter; empty if the loss never fell."""
-        return rates(self.config, self.factor) if self.factor else {}
+        return _rates(self.config, self.factor) if self.factor else {}
 
 
-def rates(config: RunConfig, factor: float) -> dict[str, float]:
+def _rates(config: RunConfig, factor: float) -> dict[str, float]:
     """Return the recipe's learning rates times `factor`, to two digits."""
     is_muon = config.optimizer == "muon"
     names = ["learning_rate", "muon_learning_rate"] if is_muon else ["learning_rate"]
@@ -37,15 +36,12 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3,
 
     The rates grow from `low` to `high` times the recipe's, until the loss is half a nat above its
     lowest: Smith's range test (arXiv:1506.01186), as in fastai's `lr_find`. Only the token cache
-    is written, and no state that training would use is changed.
-
-    Raises:
-        ValueError: the device, the corpus or `init_from` cannot be used, or the run leaks.
+    is written, and no state that training would use is changed. A ValueError says why the device,
+    the corpus or `init_from` cannot be used, or that the run leaks.
     """
     # Under a name without a folder: the copy must not start from the run's own checkpoint.
     copy = replace(config, run_name=f"{config.run_name[:80]}-range-test", init_state="weights")
-    start = find_start(copy)
-    factors, losses, mean = [], [], 0.0
+    start, factors, losses, mean = find_start(copy), [], [], 0.0
     with numerics(copy, start.device):
         run = prepare(start)
         for step in range(1, steps + 1):
@@ -65,10 +61,9 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3,
 def _steepest(factors: list[float], losses: list[float]) -> float | None:
     """Return the factor where the loss falls fastest per step, before its minimum."""
     lowest = losses.index(min(losses)) if losses else 0
-    slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
-    if not slopes or min(slopes) >= 0:
-        return None
-    return factors[slopes.index(min(slopes)) + 1]
+    slopes = {i: losses[i + 1] - losses[i - 1] for i in range(1, lowest)}
+    steepest = min(slopes, key=slopes.get, default=None)
+    return None if steepest is None or slopes[steepest] >= 0 else factors[steepest]
 
 
 def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
@@ -78,9 +73,9 @@ def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
     """
     config = found.config
     around = (found.factor / 3, found.factor, found.factor * 3) if found.factor else ()
-    choices = {tuple(rates(config, factor).items()) for factor in (1.0, *around)}
     short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps,
              "output_dir": f"{config.output_dir}/{config.run_name}-rates"}
-    names = {chosen: "-".join(f"{rate:g}" for _, rate in chosen) for chosen in choices}
-    return [replace(config, **short, **dict(chosen), run_name=f"{steps}steps-rate{names[chosen]}")
-            for chosen in sorted(choices)]
+    choices = {tuple(_rates(config, factor).items()) for factor in (1.0, *around)}
+    names = {rates: "-".join(f"{rate:g}" for _, rate in rates) for rates in choices}
+    return [replace(config, **short, **dict(rates), run_name=f"{steps}steps-rate{names[rates]}")
+            for rates in sorted(choices)]

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from lmlib.analysis import figures, frames, render
-from lmlib.run.records import describe
 
 
 def test_curves_show_the_metrics(trained):
@@ -61,18 +60,3 @@ def test_the_bundle_is_plain_json(trained):
     bundle = figures.chart_bundle(frames.read_runs(trained.run_dir))
     assert set(bundle) == {"application/vnd.plotly.v1+json", "image/png", "text/plain"}
     assert len(json.dumps(bundle)) < 400_000
-
-
-def test_step_lines_have_the_format_of_the_original(trained):
-    from lmlib.run.records import Record
-
-    step = Record(
-        "step",
-        100,
-        {"loss": 10.2187},
-        {"tokens_per_second": 1234.5, "utilization": 0.5, "seconds_left": 3725.0},
-    )
-    assert (
-        describe(step, 10000)
-        == "Step 100/10000: Loss=10.2187 | 1,234 tokens/s | 50% MFU | 1:02:05 left"
-    )

@@ -135,7 +135,7 @@ def test_damaged_runs_are_shown_as_far_as_they_can_be_read(name, tmp_path, train
             ["stopped", *frame.attrs["notes"]["damaged"]]
         )
         assert frames.headline(frame, "damaged").startswith("stopped")
-        frames.texts_at(frame)
+        frames.samples_at(frame)
         for draw in (figures.training_curves, figures.loss_by_position, figures.expert_load):
             draw(frame)
         figures.cost(table)
@@ -255,14 +255,14 @@ def test_status_of_a_run_that_runs_is_killed_and_resumes(smoke, tmp_path):
     assert list(line[0].x) == frames.resumes(config.run_dir)
 
 
-def test_texts_at_returns_the_samples_of_the_last_evaluation(trained):
+def test_samples_at_returns_the_samples_of_the_last_evaluation(trained):
     frame = frames.read_runs(trained.run_dir)
-    first, last = frames.texts_at(frame, 0), frames.texts_at(frame)
+    first, last = frames.samples_at(frame, 0), frames.samples_at(frame)
     assert [heading for heading, _, _ in first + last] == ["trained, step 0"] * 3 + [
         "trained, step 20"
     ] * 3
     assert [prompt for _, prompt, _ in first] == [prompt for _, prompt, _ in last]
-    assert frames.texts_at(frame, 7)[0][0] == "trained, step 5"
+    assert frames.samples_at(frame, 7)[0][0] == "trained, step 5"
 
 
 def test_the_british_spelling_of_earlier_versions_is_read(tmp_path):

@@ -77,9 +77,8 @@ def test_models_are_compared_by_the_differences_between_runs_of_one_seed(tmp_pat
         3,
     )
     assert (row["parameters"], row["active"], row["FLOPs"], row["minutes"]) == (100, 60, 48_000, 1)
-    assert (
-        "worse: 5.110 nats over 3 seeds, +0.110 ± 0.025 to the best: worse"
-        in ranking.difference([*best, *worse])
+    assert "worse: 5.110 nats over 3 seeds, +0.110 ± 0.025 to the best: worse" in ranking.summary(
+        [*best, *worse]
     )
     assert {trace.name for trace in ranking.losses([*best, *worse]).data} == {"best", "worse"}
     assert list(ranking.curves([*best, *worse]).data[0].y) == [5.0]
@@ -95,9 +94,10 @@ def test_verdicts_say_what_cannot_be_compared(tmp_path):
     verdicts = ranking.ranking([*other, *best, alone, unfinished])["verdict"]
     assert verdicts.to_dict() == {"a": "best", "alone": "one seed: unknown", "other": "other text"}
     assert (
-        ranking.states([*best, unfinished]) == "3 runs: 2 finished, 1 stopped\nunfinished: stopped"
+        ranking.count_states([*best, unfinished])
+        == "3 runs: 2 finished, 1 stopped\nunfinished: stopped"
     )
-    assert ranking.difference([unfinished]) == ranking.difference([]) == "No run is finished yet."
+    assert ranking.summary([unfinished]) == ranking.summary([]) == "No run is finished yet."
     assert len(ranking.losses([]).data) == len(ranking.curves([unfinished]).data) == 0
 
 

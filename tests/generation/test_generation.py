@@ -23,17 +23,31 @@ def loaded(trained):
 
 def test_greedy_ids_are_those_of_stock_generate(loaded, trained):
     model, tokenizer = loaded
-    stock = AutoModelForCausalLM.from_pretrained(trained.run_dir / "checkpoints" / "checkpoint_step_20")
+    stock = AutoModelForCausalLM.from_pretrained(
+        trained.run_dir / "checkpoints" / "checkpoint_step_20"
+    )
     ids = torch.randint(1, 500, (3, 7), generator=torch.Generator().manual_seed(0))
-    settings = GenerationConfig(max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=0)
-    theirs = stock.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))[:, 7:]
+    settings = GenerationConfig(
+        max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=0
+    )
+    theirs = stock.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))[
+        :, 7:
+    ]
     ours = lmlib.generate(model, tokenizer, ids, max_new_tokens=30, temperature=0, ignore_eos=True)
     assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
-    [(5, None, None), (None, 0.7, None), (20, 0.5, None), (1, 1.0, None), (None, 0.01, None), (None, None, 0.1), (9, 0.8, 0.2)],
+    [
+        (5, None, None),
+        (None, 0.7, None),
+        (20, 0.5, None),
+        (1, 1.0, None),
+        (None, 0.01, None),
+        (None, None, 0.1),
+        (9, 0.8, 0.2),
+    ],
 )
 def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p, min_p):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 3
@@ -59,46 +73,76 @@ def test_tokens_as_likely_as_the_last_of_top_k_stay():
 
 
 def test_the_repetition_penalty_is_transformers():
-    logits, ids = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 2, 2], [5, 6, 7]])
+    logits, ids = (
+        torch.randn(2, 40, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([[1, 2, 2], [5, 6, 7]]),
+    )
     seen = torch.zeros(2, 40, dtype=torch.bool).scatter_(1, ids, True)
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
     assert torch.equal(apply_repetition_penalty(logits, seen, 1.3), theirs)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
-def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_alone(loaded, trained, penalty):
+def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_alone(
+    loaded, trained, penalty
+):
     model, tokenizer = loaded
-    stock = AutoModelForCausalLM.from_pretrained(trained.run_dir / "checkpoints" / "checkpoint_step_20")
+    stock = AutoModelForCausalLM.from_pretrained(
+        trained.run_dir / "checkpoints" / "checkpoint_step_20"
+    )
     prompts = ["To be, or not to be, that is the question", "My", "Once upon a time"]
     settings = GenerationConfig(
-        **{"max_new_tokens": 25, "min_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0},
+        **{
+            "max_new_tokens": 25,
+            "min_new_tokens": 25,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": 0,
+        },
         repetition_penalty=penalty,
     )
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    *_, ours = generate_ids(model, tokenizer, ids, Settings(25, 0, repetition_penalty=penalty, ignore_eos=True), as_text=False)
+    *_, ours = generate_ids(
+        model,
+        tokenizer,
+        ids,
+        Settings(25, 0, repetition_penalty=penalty, ignore_eos=True),
+        as_text=False,
+    )
     for row, text in zip(ids, ours, strict=True):
         row = torch.tensor([row])
-        theirs = stock.generate(row, generation_config=settings, attention_mask=torch.ones_like(row))[0, row.shape[1] :]
+        theirs = stock.generate(
+            row, generation_config=settings, attention_mask=torch.ones_like(row)
+        )[0, row.shape[1] :]
         assert text.ids == theirs.tolist()
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        *[{}, {"q_lora_rank": 24, "rope_interleave": False}, {"qk_nope_head_dim": 0}, {"attention": "mha"}],
+        *[
+            {},
+            {"q_lora_rank": 24, "rope_interleave": False},
+            {"qk_nope_head_dim": 0},
+            {"attention": "mha"},
+        ],
         *[{"feed_forward": "moe"}, {"feed_forward": "moe", "attention": "mha"}],
     ],
 )
 def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
     """In float64: rows of different lengths, tokens one by one and in pieces."""
     model = lmlib.LanguageModel(smoke(**shape)).double().eval()
-    close = 1e-5 if shape.get("feed_forward") == "moe" else 1e-12  # the router computes in float32, as the stock classes' does
+    close = (
+        1e-5 if shape.get("feed_forward") == "moe" else 1e-12
+    )  # the router computes in float32, as the stock classes' does
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.1, generator=generator)
-    rows = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in (3, 9, 1, 5)]
+    rows = [
+        torch.randint(0, 512, (length,), generator=generator).tolist() for length in (3, 9, 1, 5)
+    ]
     logits, cache = prefill(model, rows)
     for _ in range(6):
         for row, ours in zip(rows, logits, strict=True):
@@ -124,15 +168,26 @@ def test_the_cache_holds_the_latent_numbers_alone(loaded):
 def test_a_stop_string_ends_the_text_behind_it(loaded):
     free = lmlib.generate(*loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True)[0]
     stop = free[10:13]
-    text = lmlib.generate(*loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True, stop_strings=stop)[0]
+    text = lmlib.generate(
+        *loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True, stop_strings=stop
+    )[0]
     assert text == free[: free.index(stop) + 3]
-    assert "".join(lmlib.stream(*loaded, "To be", 40, seed=5, ignore_eos=True, stop_strings=[stop, "never"])) == text
+    assert (
+        "".join(
+            lmlib.stream(
+                *loaded, "To be", 40, seed=5, ignore_eos=True, stop_strings=[stop, "never"]
+            )
+        )
+        == text
+    )
 
 
 def test_past_the_window_a_text_slides_or_stops(loaded):
     model, tokenizer = loaded
     ids, window = torch.tensor([[5, 6, 7], [8, 9, 10]]), model.config.sequence_length
-    stopped = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True, past_window="stop")
+    stopped = lmlib.generate(
+        model, tokenizer, ids, window, temperature=0, ignore_eos=True, past_window="stop"
+    )
     slid = lmlib.generate(model, tokenizer, ids, window, temperature=0, ignore_eos=True)
     assert stopped.shape == (2, window - 3) and torch.equal(slid[:, : window - 3], stopped)
     full = torch.full((1, window), 5)
@@ -141,23 +196,41 @@ def test_past_the_window_a_text_slides_or_stops(loaded):
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(loaded):
     together = lmlib.generate(*loaded, ["To be", "Once upon", ""], max_new_tokens=20, seed=3)
-    alone = [lmlib.generate(*loaded, [prompt], max_new_tokens=20, seed=3)[0] for prompt in ("To be", "Once upon", "")]
+    alone = [
+        lmlib.generate(*loaded, [prompt], max_new_tokens=20, seed=3)[0]
+        for prompt in ("To be", "Once upon", "")
+    ]
     assert together == alone and all(together)
     assert lmlib.generate(*loaded, "To be", max_new_tokens=20, seed=4) != alone[:1]
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     rows = lmlib.generate(*loaded, ids, max_new_tokens=10, seed=1, ignore_eos=True)
     assert rows.shape == (2, 10)
-    assert torch.equal(rows[1:], lmlib.generate(*loaded, ids[1:], max_new_tokens=10, seed=1, ignore_eos=True))
+    assert torch.equal(
+        rows[1:], lmlib.generate(*loaded, ids[1:], max_new_tokens=10, seed=1, ignore_eos=True)
+    )
 
 
 def test_pieces_are_whole_characters_and_add_up(loaded, monkeypatch):
     model, tokenizer = loaded
-    pieces = list(lmlib.stream(model, tokenizer, "Hello", max_new_tokens=200, temperature=3.0, top_k=0, top_p=1.0, seed=1))
+    pieces = list(
+        lmlib.stream(
+            model,
+            tokenizer,
+            "Hello",
+            max_new_tokens=200,
+            temperature=3.0,
+            top_k=0,
+            top_p=1.0,
+            seed=1,
+        )
+    )
     assert "".join(pieces) == lmlib.generate(model, tokenizer, "Hello", 200, 3.0, 0, 1.0, seed=1)[0]
 
     script = tokenizer("a🐎b", add_special_tokens=False)["input_ids"]
     assert len(script) > 3  # the horse is several tokens
-    monkeypatch.setattr("lmlib.generation.text.sample_ids", lambda *a: (torch.tensor([token]) for token in script))
+    monkeypatch.setattr(
+        "lmlib.generation.text.sample_ids", lambda *a: (torch.tensor([token]) for token in script)
+    )
     pieces = list(lmlib.stream(model, tokenizer, "x", max_new_tokens=len(script)))
     assert [piece for piece in pieces if piece] == ["a", "🐎", "b"]
 
@@ -178,7 +251,9 @@ def test_a_text_ends_at_the_end_of_text_token(loaded):
 def test_text_goes_on_beyond_the_window(loaded):
     model, tokenizer = loaded
     window = model.config.sequence_length
-    ids = lmlib.generate(model, tokenizer, torch.tensor([[5]]), window + 20, temperature=0, ignore_eos=True)
+    ids = lmlib.generate(
+        model, tokenizer, torch.tensor([[5]]), window + 20, temperature=0, ignore_eos=True
+    )
     assert ids.shape == (1, window + 20)
     everything = torch.cat((torch.tensor([[5]]), ids), dim=1)
     last = model(everything[:, -window - 1 : -1])[:, -1].argmax(-1)

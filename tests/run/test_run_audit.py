@@ -29,9 +29,17 @@ def results(config):
 def leaky(outputs):
     """Runs with one fault of the seed each, which were allowed to."""
     made = {}
-    for name, fault in {"maskless": {"causal_mask": False}, "overlapping": {"split": "windows"}}.items():
+    for name, fault in {
+        "maskless": {"causal_mask": False},
+        "overlapping": {"split": "windows"},
+    }.items():
         made[name] = lmlib.RunConfig.load(
-            "params/smoke.yaml", output_dir=outputs, run_name=name, allow_leaks=True, total_steps=10, **fault
+            "params/smoke.yaml",
+            output_dir=outputs,
+            run_name=name,
+            allow_leaks=True,
+            total_steps=10,
+            **fault,
         )
         list(lmlib.train(made[name]))
     return made
@@ -44,12 +52,25 @@ def leaky(outputs):
 def test_an_honest_run_passes_and_its_results_say_so(trained):
     found = results(trained)["audit"]
     assert found["passed"] is True and found["leaks"] == "" and found["allow_leaks"] is False
-    assert list(found["verdicts"]) == ["causality", "batch independence", "cache", "labels", "split", "evaluation"]
-    assert LEAKY not in results(trained) and LEAKY not in json.loads((trained.run_dir / "config.json").read_text())
+    assert list(found["verdicts"]) == [
+        "causality",
+        "batch independence",
+        "cache",
+        "labels",
+        "split",
+        "evaluation",
+    ]
+    assert LEAKY not in results(trained) and LEAKY not in json.loads(
+        (trained.run_dir / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(
-    "fault, check", [({"causal_mask": False}, "causality: .*whole window"), ({"split": "windows"}, "split: 100.00%")]
+    "fault, check",
+    [
+        ({"causal_mask": False}, "causality: .*whole window"),
+        ({"split": "windows"}, "split: 100.00%"),
+    ],
 )
 @pytest.mark.parametrize("attention", ["mla", "mha"])
 def test_a_run_that_leaks_is_refused_and_leaves_nothing(smoke, fault, check, attention):
@@ -103,19 +124,34 @@ def test_text_that_both_sides_share_is_said_and_does_not_stop_a_run(smoke, tmp_p
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps({"text": f"{n} " + "so say we all, " * 60}) + "\n" for n in range(40))
     )
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": "so say we all, " * 60}) + "\n" for n in range(9)))
-    config = smoke(corpus=str(tmp_path / "train.jsonl"), validation_corpus=str(tmp_path / "other.jsonl"), total_steps=2)
+    (tmp_path / "other.jsonl").write_text(
+        "".join(json.dumps({"text": "so say we all, " * 60}) + "\n" for n in range(9))
+    )
+    config = smoke(
+        corpus=str(tmp_path / "train.jsonl"),
+        validation_corpus=str(tmp_path / "other.jsonl"),
+        total_steps=2,
+    )
     list(lmlib.train(config))
     found = results(config)["audit"]
-    assert found["passed"] is False and found["leaks"] == "" and found["verdicts"]["split"].startswith("FAIL")
+    assert (
+        found["passed"] is False
+        and found["leaks"] == ""
+        and found["verdicts"]["split"].startswith("FAIL")
+    )
 
 
 def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
     audited, plain = smoke(total_steps=4), smoke(total_steps=4)
     list(lmlib.train(audited))
-    monkeypatch.setattr("lmlib.run.prepare.before_training", lambda *given: {"leaks": "", "verdicts": {}})
+    monkeypatch.setattr(
+        "lmlib.run.prepare.before_training", lambda *given: {"leaks": "", "verdicts": {}}
+    )
     list(lmlib.train(plain))
-    weights = [(c.run_dir / "checkpoints" / "checkpoint_step_4" / "model.safetensors").read_bytes() for c in (audited, plain)]
+    weights = [
+        (c.run_dir / "checkpoints" / "checkpoint_step_4" / "model.safetensors").read_bytes()
+        for c in (audited, plain)
+    ]
     assert weights[0] == weights[1]
 
 
@@ -123,7 +159,9 @@ def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
 # What a leaky run shows
 
 
-@pytest.mark.parametrize("name, leaks", [("maskless", "causality, cache"), ("overlapping", "split")])
+@pytest.mark.parametrize(
+    "name, leaks", [("maskless", "causality, cache"), ("overlapping", "split")]
+)
 def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky, capsys):
     config = leaky[name]
     assert results(config)[LEAKY] == leaks and results(config)["audit"]["passed"] is False
@@ -136,20 +174,31 @@ def test_everything_that_a_leaky_run_shows_is_marked(name, leaks, leaky, capsys)
 
     frame = frames.read_runs(config.run_dir)
     assert set(frame["run"]) == {f"{name} (LEAKY)"}
-    assert "it LEAKS" in frames.results_table(frame)["state"].iloc[0] and "it LEAKS" in frames.headline(frame, f"{name} (LEAKY)")
+    assert "it LEAKS" in frames.results_table(frame)["state"].iloc[
+        0
+    ] and "it LEAKS" in frames.headline(frame, f"{name} (LEAKY)")
     for figure in (figures.training_curves(frame), figures.loss_by_position(frame)):
         assert all("(LEAKY)" in trace.name for trace in figure.data)
-    record = next(r for r in map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "audit")
+    record = next(
+        r
+        for r in map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+        if r["kind"] == "audit"
+    )
     assert record["leaks"] == leaks
 
     assert main(["generate", str(config.run_dir), "--mode", "batch", "--prompts", "ROMEO"]) == 0
     assert f"This model LEAKS ({leaks})" in capsys.readouterr().err
-    assert [label for label, _ in Playground(config.run_dir, "ROMEO", Settings()).step.options][-1] == "step 10 (LEAKY)"
+    assert [label for label, _ in Playground(config.run_dir, "ROMEO", Settings()).step.options][
+        -1
+    ] == "step 10 (LEAKY)"
 
 
 def test_what_was_measured_of_overlapping_windows_is_not_called_held_out(leaky):
     measured_on = results(leaky["overlapping"])["measured_on"]
-    assert measured_on["scores"].startswith("NOT held out") and measured_on["held_out_share_of_tokens"] == 0
+    assert (
+        measured_on["scores"].startswith("NOT held out")
+        and measured_on["held_out_share_of_tokens"] == 0
+    )
 
 
 def test_a_leaky_model_is_loaded_as_it_was_trained_and_goes_on(leaky):
@@ -159,7 +208,10 @@ def test_a_leaky_model_is_loaded_as_it_was_trained_and_goes_on(leaky):
     changed = torch.cat((ids[:, :-1], ids[:, :1]), dim=1)
     assert not torch.equal(model(ids)[:, 0], model(changed)[:, 0])
     longer = lmlib.RunConfig(**{**leaky["maskless"].to_dict(), "total_steps": 12})
-    assert list(lmlib.train(longer))[-1].kind == "done" and results(longer)[LEAKY] == "causality, cache"
+    assert (
+        list(lmlib.train(longer))[-1].kind == "done"
+        and results(longer)[LEAKY] == "causality, cache"
+    )
     again = lmlib.RunConfig.load(longer.run_dir / "config.json")
     assert again.causal_mask is False and again.allow_leaks is True
 
@@ -168,7 +220,7 @@ def test_leaky_runs_are_never_ranked_beside_honest_ones(leaky, trained):
     table = ranking.ranking([leaky["maskless"].run_dir, trained.run_dir])
     assert table["verdict"].tolist() == ["best", "leaks"] and table.index[-1] == "maskless (LEAKY)"
     assert ranking.ranking([leaky["maskless"].run_dir])["verdict"].tolist() == ["leaks"]
-    assert "leaks" in ranking.difference([leaky["overlapping"].run_dir])
+    assert "leaks" in ranking.summary([leaky["overlapping"].run_dir])
 
 
 def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
@@ -194,7 +246,9 @@ def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
     total = len(store.train) - store.config.sequence_length
     held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
     training = store.starts(torch.arange(store.window_count()).numpy())
-    assert sorted([*held_out, *training]) == list(range(total)) and len(held_out) == round(0.1 * total)
+    assert sorted([*held_out, *training]) == list(range(total)) and len(held_out) == round(
+        0.1 * total
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -205,9 +259,20 @@ def test_a_run_is_audited_whole_in_the_terminal_and_on_a_page(trained, capsys, t
     page = tmp_path / "audit.html"
     assert main(["audit", str(trained.run_dir), "--page", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["causality", "batch independence", "cache", "labels", "split", "tokenizer", "record", "sample"]
+    names = [
+        "causality",
+        "batch independence",
+        "cache",
+        "labels",
+        "split",
+        "tokenizer",
+        "record",
+        "sample",
+    ]
     names += ["evaluation", "profile"]
-    assert [line[11 : line.index(":")] for line in lines[:-1]] == names and all(line.startswith("pass") for line in lines[:-1])
+    assert [line[11 : line.index(":")] for line in lines[:-1]] == names and all(
+        line.startswith("pass") for line in lines[:-1]
+    )
     assert "measured again from its checkpoint" in lines[6] and lines[-1] == f"The page: {page}"
     text = page.read_text()
     assert "all 10 checks passed" in text and "Plotly.newPlot" in text
@@ -225,10 +290,22 @@ def test_a_score_that_was_changed_by_hand_is_found(trained, tmp_path):
     shutil.copytree(trained.run_dir.parent / ".tokens", tmp_path / ".tokens")
     file = tmp_path / "changed" / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({**line, **({"val_loss": 1.0} if "val_loss" in line else {})}) + "\n" for line in lines))
+    file.write_text(
+        "".join(
+            json.dumps({**line, **({"val_loss": 1.0} if "val_loss" in line else {})}) + "\n"
+            for line in lines
+        )
+    )
     reports = {report.check: report for report in audit(tmp_path / "changed")}
-    assert reports["record"].passed is False and "recorded 1.000000 nats" in reports["record"].summary
-    file.write_text("".join(json.dumps({**line, **({"val_loss": None} if "val_loss" in line else {})}) + "\n" for line in lines))
+    assert (
+        reports["record"].passed is False and "recorded 1.000000 nats" in reports["record"].summary
+    )
+    file.write_text(
+        "".join(
+            json.dumps({**line, **({"val_loss": None} if "val_loss" in line else {})}) + "\n"
+            for line in lines
+        )
+    )
     report = next(report for report in audit(tmp_path / "changed") if report.check == "record")
     assert report.passed is None and "no recorded score at step 20" in report.summary
 
@@ -236,7 +313,13 @@ def test_a_score_that_was_changed_by_hand_is_found(trained, tmp_path):
 def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path, capsys):
     assert main(["audit", str(trained.run_dir / "checkpoints" / "checkpoint_step_5")]) == 0
     config = transformers.GPT2Config(
-        vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2
+        vocab_size=99,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     capsys.readouterr()
@@ -293,4 +376,8 @@ def test_patterns_of_pairs_are_named(leaks, words):
 
 def test_a_card_quotes_what_a_corpus_is_called(smoke):
     card = huggingface.model_card(smoke(corpus="a`b"), 3, 1.5, 2, "split")
-    assert "`a'b`" in card and "Loss 1.5000 nats a token (of step 2)" in card and "This model leaks (split)" in card
+    assert (
+        "`a'b`" in card
+        and "Loss 1.5000 nats a token (of step 2)" in card
+        and "This model leaks (split)" in card
+    )

@@ -1,4 +1,4 @@
-"""Parameter files and texts that try to run code, and what is done with each."""
+"""Parameter files and texts that try to run code, and checks that they run nothing."""
 
 import contextlib
 import html.parser
@@ -14,8 +14,8 @@ from lmlib.config import RunConfig
 from lmlib.notebook import token_html
 from lmlib.text import printable
 
-# ---------------------------------------------------------------------------------------------------
-# Parameter files: each must be refused in a sentence that names the file, and none may touch CANARY
+# ---------------------------------------------------------------------------------------------
+# Parameter files: each must be a ValueError, and none may create the file CANARY
 
 CANARY = "owned_by_a_parameter_file"
 _CODE = f"__import__('pathlib').Path('{CANARY}').touch()"
@@ -27,50 +27,50 @@ PARAMETER_FILES = {
     "key with a semicolon": f'"seed = 1; {_CODE}; x": 1',
     "key with a space": '"total steps": 5',
     "key that is a call": '"print(1)": 1',
-    "key of other letters that look alike": '"ѕeed": 1',
+    "key with letters that look alike": '"ѕeed": 1',
     "key that is empty": '"": 1',
     "key that is a number": "1: 2",
     "key that is null": "~: 2",
     "key that is a list": "? [a]\n: 1",
     "key given twice": "seed: 1\nseed: 2",
-    "key of Python's": "__builtins__: 1",
+    "key that is a Python builtin": "__builtins__: 1",
     "key that is a keyword": "class: 1",
     "merge key": "base: &b {seed: 1}\n<<: *b",
     "tag that builds an object": f'seed: !!python/object/apply:os.system ["touch {CANARY}"]',
     "tag that makes an object": "seed: !!python/object/new:os.system ['true']",
     "tag that names a function": "seed: !!python/name:os.system",
     "tag that imports a module": "seed: !!python/module:os",
-    "tag of its own": "seed: !custom 1",
+    "custom tag": "seed: !custom 1",
     "binary value": "corpus: !!binary aGVsbG8=",
     "value that is a list": "corpus: [a, b]",
     "value that is a mapping": "corpus: {a: b}",
     "value that is a date": "run_name: 2026-01-01",
     "value that is a set": "corpus: !!set {a, b}",
-    "value of several lines": f"corpus: |\n  a\n  {_CODE}",
+    "value with several lines": f"corpus: |\n  a\n  {_CODE}",
     "value that closes a string": f'corpus: "x\\"\\n{_CODE}\\n\\""',
     "value with an escape sequence": 'corpus: "\\e[2J"',
     "value with a null character": 'corpus: "a\\0b"',
-    "value that turns the direction": 'corpus: "a\\u202Eb"',
-    "name that leaves the folder": "run_name: ../../escaped",
+    "value that reverses the writing direction": 'corpus: "a\\u202Eb"',
+    "name that leaves the output folder": "run_name: ../../escaped",
     "name that is absolute": "run_name: /tmp/escaped",
     "name that is hidden": "run_name: .ssh",
     "number that is not finite": "learning_rate: .nan",
-    "number beyond all bounds": f"total_steps: {'9' * 5000}",
+    "number with 5,000 digits": f"total_steps: {'9' * 5000}",
     "list at the top": "- a\n- b",
     "text at the top": "just text",
-    "nothing": "",
-    "anchors that grow": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nseed: [*c, *c]",
-    "anchor within itself": "a: &a [*a]",
-    "nesting without end": "seed: " + "[" * 5000,
+    "empty file": "",
+    "anchors that grow exponentially": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nseed: [*c, *c]",
+    "anchor that contains itself": "a: &a [*a]",
+    "nesting 5,000 levels deep": "seed: " + "[" * 5000,
     "two documents": "seed: 1\n---\nseed: 2",
-    "bytes that are no text": b"seed: \xff\xfe\x00",
+    "bytes that are not UTF-8": b"seed: \xff\xfe\x00",
     "parameter that does not exist": "os_system: 1",
-    "types that lie": "deterministic: 'false'",
+    "boolean given as text": "deterministic: 'false'",
 }
 
 
 def refused(name: str, folder: Path) -> bool:
-    """Whether that parameter file ended in one clear ValueError and ran nothing."""
+    """Check that a parameter file raises one short ValueError and runs nothing."""
     file, content = folder / "hostile.yaml", PARAMETER_FILES[name]
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with contextlib.chdir(folder):
@@ -81,8 +81,8 @@ def refused(name: str, folder: Path) -> bool:
             return len(str(error)) < 1000 and not (folder / CANARY).exists()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Texts: shown anywhere, they must stay text. In a browser `owned(N)` would tell.
+# ---------------------------------------------------------------------------------------------
+# Texts: wherever they are shown, they must stay text. If text N runs as script, it calls owned(N).
 
 TEXTS = [
     "<script>owned(0)</script>",
@@ -114,7 +114,7 @@ TEXTS = [
 
 
 class _Structure(html.parser.HTMLParser):
-    """The tags of a page with the names of their attributes, and what its comments hold: all that text may not change."""
+    """The tags of a page, their attributes' names, and its comments: what text may not change."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -133,35 +133,56 @@ class _Structure(html.parser.HTMLParser):
 
 
 def hostile_run(text: str, folder: Path) -> Path:
-    """A run's folder that has the text wherever a file can have it: as its name, a kind of record, a field, a value."""
+    """Create a run's folder with the text in every place: names, kinds of records, keys, values."""
     name = text.replace("/", "\u2215").replace("\0", "")[:80]
+    scores = {"val_loss": 6.0, "val_loss_stderr": 0.1, "val_accuracy": 0.1}
+    scores |= {"val_perplexity": 400.0, "val_bits_per_byte": 3.0}
+    losses, accuracies = [6.0, 5.0], [0.1, text]
     records = [
-        {"kind": "eval", "step": 0, "val_loss": 6.0, "val_loss_stderr": 0.1, "val_accuracy": 0.1, "val_perplexity": 400.0}
-        | {"val_bits_per_byte": 3.0, "note": text, text: text, "timing": {"seconds": 1.0}},
-        {"kind": "step", "step": 1, "loss": 6.0, "learning_rate": text, "grad_norm": 1.0, "timing": {"tokens_per_second": 9.0}},
+        {"kind": "eval", "step": 0, **scores, "note": text, text: text, "timing": {"seconds": 1.0}},
+        {
+            "kind": "step",
+            "step": 1,
+            "loss": 6.0,
+            "learning_rate": text,
+            "grad_norm": 1.0,
+            "timing": {"tokens_per_second": 9.0},
+        },
         {"kind": text, "step": 2, "timing": {text: text}},
-    ]
-    records += [
         {"kind": "sample", "step": 2, "prompts": [text], "texts": [text], "timing": {}},
-        {"kind": "profile", "step": 2, "val_loss_by_position": [6.0, 5.0], "val_accuracy_by_position": [0.1, text], "timing": {}},
-        {"kind": "step", "step": 3, "loss": 5.0, "expert_load": [[0.5, 0.5]], "timing": {"seconds": 2.0}},
+        {
+            "kind": "profile",
+            "step": 2,
+            "val_loss_by_position": losses,
+            "val_accuracy_by_position": accuracies,
+            "timing": {},
+        },
+        {
+            "kind": "step",
+            "step": 3,
+            "loss": 5.0,
+            "expert_load": [[0.5, 0.5]],
+            "timing": {"seconds": 2.0},
+        },
     ]
     run_dir = folder / name
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps({"run_name": text, "corpus": text, text: text, "total_steps": 3}))
+    config = {"run_name": text, "corpus": text, text: text, "total_steps": 3}
+    (run_dir / "config.json").write_text(json.dumps(config))
     (run_dir / "results.json").write_text("{}")
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps(record) + "\n" for record in records]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
     return run_dir
 
 
 def charts(frame: Any, run_dir: Path) -> dict[str, Any]:
-    """Every figure of a run."""
+    """Return every figure of a run."""
     return {
         "curves": figures.training_curves(frame),
         "positions": figures.loss_by_position(frame),
         "cost": figures.cost(frames.results_table([run_dir])),
         "experts": figures.expert_load(frame),
-        "audit": audit_page.picture([]),
+        "audit": audit_page.figure([]),
         "held-out scores": audit_page.scores(dict.fromkeys(frame.attrs["runs"], frame)),
         "losses": ranking.losses([run_dir]),
         "mean curves": ranking.curves([run_dir]),
@@ -169,22 +190,27 @@ def charts(frame: Any, run_dir: Path) -> dict[str, Any]:
 
 
 def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
-    """Every piece of HTML that shows a run or a text: tables, the saved page of curves, an exported notebook."""
+    """Return all HTML that shows a run or a text: tables, figures, an exported notebook."""
     frame = frames.read_runs(run_dir)
+    html_output = {"text/html": frame.to_html(), "text/plain": printable(text)}
     outputs = [
         nbformat.v4.new_output("stream", text=printable(text)),
-        nbformat.v4.new_output("execute_result", data={"text/html": frame.to_html(), "text/plain": printable(text)}),
+        nbformat.v4.new_output("execute_result", data=html_output),
     ]
+    cell = nbformat.v4.new_code_cell("show()", outputs=outputs)
+    parameters = frames.parameters_table([run_dir], differences_only=False)
     token = token_html.Token(text, 0.5, 1, [(text, 0.5)])
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=outputs)])
     return {
         "records": frame.to_html(),
         "scores": frames.results_table([run_dir]).to_html(),
-        "parameters": frames.parameters_table([run_dir], differences_only=False).to_html(),
+        "parameters": parameters.to_html(),
         "ranking": ranking.ranking([run_dir]).to_html(),
-        "texts": token_html.cards(frames.texts_at(frame)),
-        **{name: figure.to_html(include_plotlyjs=False, div_id="x") for name, figure in charts(frame, run_dir).items()},
-        "exported notebook": exporter.from_notebook_node(book)[0],
+        "texts": token_html.cards(frames.samples_at(frame)),
+        **{
+            name: figure.to_html(include_plotlyjs=False, div_id="x")
+            for name, figure in charts(frame, run_dir).items()
+        },
+        "exported notebook": exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))[0],
         "audit's verdicts": audit_page.table([audit.Report("split", False, text)], text),
         "tokens": token_html.shade(text, [token]),
         "difference": token_html.shade_difference(text, [token], [token], (text, text)),
@@ -194,20 +220,28 @@ def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
 
 
 def stay_text(texts: list[str], folder: Path) -> list[bool]:
-    """For each text, whether every page has the same tags and attributes with it as with a harmless one, and whether
-    its form for terminals and charts holds nothing that acts."""
+    """Check that texts stay text, one result per text.
+
+    Every page must have the same tags and attributes as with a harmless text, and the text's form
+    for terminals and charts must have no control characters and no tags.
+    """
     import nbconvert
 
     exporter, results = nbconvert.HTMLExporter(), []
     harmless = hostile_run("plain", folder)
-    expected = {name: _Structure(page).found for name, page in pages("plain", harmless, exporter).items()}
+
+    def structures(text: str, run_dir: Path) -> dict[str, list]:
+        found = pages(text, run_dir, exporter)
+        return {name: _Structure(page).found for name, page in found.items()}
+
+    expected = structures("plain", harmless)
     for text in texts:
         run_dir = hostile_run(text, folder)
-        both = frames.read_runs([run_dir, harmless])
+        figures_of_both = charts(frames.read_runs([run_dir, harmless]), run_dir).values()
         results.append(
-            {name: _Structure(page).found for name, page in pages(text, run_dir, exporter).items()} == expected
+            structures(text, run_dir) == expected
             and not any(c in printable(text) for c in "\x1b\x07\x00\u202e")
-            and not any("<" in trace.name for chart in charts(both, run_dir).values() for trace in chart.data)
-            and all(render.png(chart).startswith(b"\x89PNG") for chart in charts(both, run_dir).values())
+            and not any("<" in trace.name for figure in figures_of_both for trace in figure.data)
+            and all(render.png(figure).startswith(b"\x89PNG") for figure in figures_of_both)
         )
     return results

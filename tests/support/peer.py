@@ -1,4 +1,4 @@
-"""The peer that survival.py kills and corrupts in the same way: transformers' Trainer on a run of the same kind."""
+"""A run of transformers' Trainer like lmlib's, for survival.py to kill and corrupt as well."""
 
 import hashlib
 import json
@@ -10,9 +10,19 @@ from transformers import trainer_callback
 from transformers.trainer_utils import get_last_checkpoint
 
 STEPS, SAVE_EVERY = 60, 6
-FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-FILES += ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"]
-# Where a save writes: (holder, name) of each function
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "training_args.bin",
+]
+# The functions that a save writes with: (holder, name)
 WRITES = [
     (transformers.modeling_utils, "safe_save_file"),
     (transformers.PreTrainedConfig, "save_pretrained"),
@@ -36,7 +46,9 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-class _Plan(transformers.TrainerCallback):
+class StopAfterSave(transformers.TrainerCallback):
+    """End training after the save at a step."""
+
     def __init__(self, stop_at: int | None):
         self.stop_at = stop_at
 
@@ -46,12 +58,17 @@ class _Plan(transformers.TrainerCallback):
 
 
 def run(folder: Path, plan: dict):
-    """Train, or go on from the newest checkpoint as its documentation says; with dropout, accumulation and evaluations.
+    """Train, or resume from the newest checkpoint as transformers' documentation says.
 
-    Shape and tokenizer are those of the checkpoint of lmlib's that lies beside the run's folder as `model`. The plan may
-    hold "stop_at" (end after the save at that step) and "poison" (the step whose loss is made NaN).
+    Like lmlib's run, it has dropout, gradient accumulation and evaluations between checkpoints.
+
+    Args:
+        folder: of the run. Beside it, `model` is a checkpoint of lmlib whose shape and tokenizer
+            the run takes.
+        plan: may hold "stop_at", the step whose save ends training, and "nan_at", the step whose
+            loss is made NaN.
     """
-    model_folder, stop_at, poison = folder.parent / "model", plan.get("stop_at"), plan.get("poison")
+    model_folder, stop_at, nan_at = folder.parent / "model", plan.get("stop_at"), plan.get("nan_at")
     transformers.logging.set_verbosity_error()
     transformers.set_seed(0)
     settings = transformers.AutoConfig.from_pretrained(model_folder, attention_dropout=0.1)
@@ -67,7 +84,7 @@ def run(folder: Path, plan: dict):
         eval_strategy="steps",
         eval_steps=7,
         logging_steps=1,
-        save_total_limit=2 if poison else None,
+        save_total_limit=2 if nan_at else None,
         learning_rate=0.01,
         use_cpu=True,
         report_to=[],
@@ -80,26 +97,29 @@ def run(folder: Path, plan: dict):
         eval_dataset=Windows(tokens[:320], 32),
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
-        callbacks=[_Plan(stop_at)],
+        callbacks=[StopAfterSave(stop_at)],
     )
-    if poison:
+    if nan_at:
         real = trainer.compute_loss
 
         def compute_loss(*args, **kwargs):
             loss = real(*args, **kwargs)
-            return loss * float("nan") if trainer.state.global_step == poison - 1 else loss
+            return loss * float("nan") if trainer.state.global_step == nan_at - 1 else loss
 
         trainer.compute_loss = compute_loss
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=newest)
 
 
 def fingerprint(folder: Path) -> tuple:
-    """Hashes of the last checkpoint's weights and optimiser tensors, and the log without what depends on the clock."""
+    """Return hashes of the last checkpoint's weights and optimizer state, and the untimed log."""
     last = folder / f"checkpoint-{STEPS}"
     hashes = [hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()]
     state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     for moments in state.values():
-        hashes += [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in moments.values()]
+        hashes += [
+            hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in moments.values()
+        ]
     log = json.loads((last / "trainer_state.json").read_text())["log_history"]
     timed = ("runtime", "per_second")
     return hashes, [{k: v for k, v in line.items() if not k.endswith(timed)} for line in log]

@@ -1,12 +1,14 @@
-"""Check that a change of the code leaves every number as it was: `python tests/support/same_numbers.py 5dee421`.
+"""Check that a change of the code changes no number.
 
-The smoke recipe is trained with both attentions, both feed-forwards and both optimizers, once by the code of that
-commit (in a git worktree) and once by the code here. Weights and optimizer state must have the same SHA-256, and the
-metrics must be equal, leaving out `timing` and the sentences of the audit. A run that the old code began and that was
-killed must resume under the code here to the identical end.
+    python tests/support/same_numbers.py COMMIT
+
+The smoke recipe is trained with both attentions, both feed-forwards and both optimizers, once by
+the code of that commit (in a git worktree) and once by the code here. Weights and optimizer state
+must have the same SHA-256, and the metrics must be equal, without `timing` and the audit's
+sentences.
+A run started by the old code and killed must resume under the code here to the identical end.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -15,9 +17,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fingerprint import fingerprint
+
 HERE = Path(__file__).resolve().parents[2]
-CHOICES = {"attention": ("mla", "mha"), "feed_forward": ("mlp", "moe"), "optimizer": ("muon", "adamw")}
-COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+CHOICES = {
+    "attention": ("mla", "mha"),
+    "feed_forward": ("mlp", "moe"),
+    "optimizer": ("muon", "adamw"),
+}
+COMBINATIONS = [
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
 
 TRAIN = """
 import json, os, sys, warnings
@@ -42,25 +52,22 @@ def train(tree: Path, runs: list[dict]):
 
 
 def numbers(run_dir: Path) -> dict:
-    """Hashes of all tensors, and the records and results without times and sentences."""
-    tensors = {
-        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(run_dir.rglob("*.safetensors"))
-    }
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("timing")
+    """Return the run's fingerprint without sentences for people."""
+    found = fingerprint(run_dir)
+    for record in found["metrics"]:
         record.pop("verdicts", None)
-    results = json.loads((run_dir / "results.json").read_text())
-    for name in ("training_time_minutes", "tokens_per_second", "audit", "measured_on"):
-        results.pop(name)
-    return {"tensors": tensors, "metrics": records, "results": results}
+    for name in ("audit", "measured_on"):
+        found["results"].pop(name)
+    return found
 
 
 def main():
     [commit] = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
-        tree, outputs = Path(folder, "tree"), {side: Path(folder, side) for side in ("old", "new", "resumed")}
+        tree, outputs = (
+            Path(folder, "tree"),
+            {side: Path(folder, side) for side in ("old", "new", "resumed")},
+        )
         git = ["git", "-C", str(HERE), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
         try:
@@ -81,14 +88,21 @@ def main():
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
         rows = [(name, "new", name) for name in names] + [
-            (f"{run['run_name']}, killed and resumed", "resumed", run["run_name"]) for run in resumed
+            (f"{run['run_name']}, killed and resumed", "resumed", run["run_name"])
+            for run in resumed
         ]
         failed = 0
         for label, side, name in rows:
             old, new = numbers(outputs["old"] / name), numbers(outputs[side] / name)
             same = {part: old[part] == new[part] for part in old}
             failed += not all(same.values())
-            print(f"{label:<34}", *(f"{part}: {'identical' if equal else 'DIFFERENT'}" for part, equal in same.items()))
+            print(
+                f"{label:<34}",
+                *(
+                    f"{part}: {'identical' if equal else 'DIFFERENT'}"
+                    for part, equal in same.items()
+                ),
+            )
     raise SystemExit(1 if failed else 0)
 
 

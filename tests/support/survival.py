@@ -1,15 +1,14 @@
-"""What a run survives, counted, beside transformers' Trainer: `make survival`, or a short form with the options below.
+"""Count what a run survives, beside transformers' Trainer: `make survival`; options shorten it.
 
-Each row says how often of how many times a run that was killed, corrupted or starved ended right: with the very tensors (by
-SHA-256) and records of the run that was left alone, times aside; or refused in a clear sentence, changing nothing.
+Each row says how often, of how many times, a run that was killed, corrupted or out of disk space
+ended correctly: with exactly the tensors (by SHA-256) and records of the uninterrupted run, timing
+aside, or with an error message that names the problem, changing nothing.
 """
 
 import argparse
 import contextlib
 import ctypes
-import hashlib
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -21,116 +20,136 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hostile
 import peer
 import safetensors
+from fingerprint import fingerprint
 
 from lmlib import checkpoint, training
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 from lmlib.run.lock import hold_lock
 
-TIMED = ("training_time_minutes", "tokens_per_second")
 STEPS, SAVE_EVERY = 60, 6
-CUT = 54  # a run stopped after this step has one more save to go
+CUT = 54  # a run stopped after this step has one more checkpoint to save
+Count = tuple[int, int]  # (how many ended correctly, how many there were)
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The two trainers
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What the rows need to know of a trainer whose runs live in one folder each."""
+    """What the rows need to know about a trainer that keeps each run in a folder."""
 
     name: str
-    run: Callable[[Path, dict], None]  # train, or go on; the plan may hold "stop_at" and "poison" (a step each)
+    run: Callable[[Path, dict], None]  # train or resume; a plan may hold "stop_at" and "nan_at"
     fingerprint: Callable[[Path], Any]
-    folder: str  # of the checkpoint of a step, with {}
+    checkpoint: str  # folder of the checkpoint of a step, with {} for the step
     files: list[str]  # of a checkpoint
     writes: list[tuple[Any, str]]  # functions that write, flush, rename or prune: (holder, name)
 
 
-def recipe(folder: Path) -> RunConfig:
-    """A small run with everything that resuming must repeat: dropout, micro-batches, epoch borders, evaluations."""
+def recipe(run: Path) -> RunConfig:
+    """Return a small run that uses all that resuming must repeat.
+
+    That is dropout, micro-batches, several epochs and evaluations between checkpoints.
+    """
     return RunConfig.load(
         PROJECT_ROOT / "params" / "smoke.yaml",
-        **{"output_dir": folder.parent, "run_name": folder.name, "total_steps": STEPS, "max_tokens": 9000, "batch_size": 6},
-        **{"micro_batch_size": 4, "eval_every": 7, "checkpoint_every": SAVE_EVERY, "log_every": 1},
+        output_dir=run.parent,
+        run_name=run.name,
+        total_steps=STEPS,
+        max_tokens=9000,
+        batch_size=6,
+        micro_batch_size=4,
+        eval_every=7,
+        checkpoint_every=SAVE_EVERY,
+        log_every=1,
     )
 
 
-def run_ours(folder: Path, plan: dict):
-    if "poison" in plan:
+def run_ours(run: Path, plan: dict):
+    if "nan_at" in plan:
         real = training.accumulate_gradients
-        training.accumulate_gradients = lambda *args: real(*args) * (float("nan") if args[5] == plan["poison"] else 1.0)
-    for record in training.train(recipe(folder)):
+        training.accumulate_gradients = lambda *args: (
+            real(*args) * (float("nan") if args[5] == plan["nan_at"] else 1.0)
+        )
+    for record in training.train(recipe(run)):
         if (record.kind, record.step) == ("checkpoint", plan.get("stop_at")):
             return
 
 
-def fingerprint(run_dir: Path) -> tuple:
-    """Hashes of every tensor file, and the records and results without what depends on the clock."""
-    tensors = {
-        path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(run_dir.rglob("*.safetensors"))
-    }
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in line.items() if name != "timing"} for line in lines]
-    results = json.loads((run_dir / "results.json").read_text())
-    return tensors, records, {name: value for name, value in results.items() if name not in TIMED}
-
-
-FILES = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-FILES += ["checkpoint.json", "training_state/optimizer.safetensors", "training_state/state.json"]
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "checkpoint.json",
+    "training_state/optimizer.safetensors",
+    "training_state/state.json",
+]
+WRITES = ["save_file", "write_manifest", "write_json", "sync_folder", "_remove", "prune"]
 OURS = Trainer(
-    "lmlib",
-    run_ours,
-    fingerprint,
-    "checkpoints/checkpoint_step_{}",
-    FILES,
-    [(checkpoint, name) for name in ("save_file", "write_manifest", "write_json", "_sync_folder", "_remove", "prune")],
+    name="lmlib",
+    run=run_ours,
+    fingerprint=fingerprint,
+    checkpoint="checkpoints/checkpoint_step_{}",
+    files=FILES,
+    writes=[(checkpoint, name) for name in WRITES],
 )
-THEIRS = Trainer("transformers.Trainer", peer.run, peer.fingerprint, "checkpoint-{}", peer.FILES, peer.WRITES)
+THEIRS = Trainer(
+    name="transformers.Trainer",
+    run=peer.run,
+    fingerprint=peer.fingerprint,
+    checkpoint="checkpoint-{}",
+    files=peer.FILES,
+    writes=peer.WRITES,
+)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # One session of a run, in a process of its own
 
 ENDED, WARNED, REFUSED, FAILED = 0, 3, 4, 5
 
 
-def session(trainer_name: str, folder: Path, plan: dict):
-    """Train until the end or what `plan` says; the exit status tells how it ended."""
+def session(trainer_name: str, run: Path, plan: dict):
+    """Train to the end or as far as `plan` allows; the exit status is one of those above."""
     trainer = {trainer.name: trainer for trainer in (OURS, THEIRS)}[trainer_name]
     sys.stdout = sys.stderr = io.StringIO()
     calls = iter(range(1, 10**9))
     for holder, name in trainer.writes:
-        setattr(holder, name, _counted(getattr(holder, name), calls, plan))
-    if plan.get("root_obeys"):
+        setattr(holder, name, with_faults(getattr(holder, name), calls, plan))
+    if plan.get("as_user"):
         obey_permissions()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.run(folder, plan)
+            trainer.run(run, plan)
         except ValueError as error:
-            os._exit(REFUSED if plan.get("sentence", "") in str(error) else FAILED)
+            os._exit(REFUSED if plan.get("message", "") in str(error) else FAILED)
         except Exception:
             os._exit(FAILED)
-    if "count" in plan:
-        Path(plan["count"]).write_text(str(next(calls)))
-    damaged = plan.get("damaged")
-    os._exit(WARNED if damaged and any(damaged in str(warning.message) for warning in caught) else ENDED)
+    if "count_calls" in plan:
+        Path(plan["count_calls"]).write_text(str(next(calls)))
+    corrupted = plan.get("corrupted")
+    warned = corrupted and any(corrupted in str(warning.message) for warning in caught)
+    os._exit(WARNED if warned else ENDED)
 
 
-def _counted(function: Callable, calls: Iterator[int], plan: dict) -> Callable:
-    """The function, dying at call "kill_at_call" and failing for want of space at "full_at_call". Each counts as two calls,
-    before and after it."""
+def with_faults(function: Callable, calls: Iterator[int], plan: dict) -> Callable:
+    """Wrap a function: the process dies at call "kill_at_call"; "full_at_call" finds no disk space.
 
-    def strike():
+    Each call counts as two: before and after it.
+    """
+
+    def inject():
         number = next(calls)
         if number == plan.get("kill_at_call"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -138,16 +157,16 @@ def _counted(function: Callable, calls: Iterator[int], plan: dict) -> Callable:
             raise OSError(28, "No space left on device")
 
     def wrapped(*args, **kwargs):
-        strike()
+        inject()
         result = function(*args, **kwargs)
-        strike()
+        inject()
         return result
 
     return wrapped
 
 
 def obey_permissions():
-    """Let the system refuse root what it refuses others: give up the two capabilities that override a file's permissions."""
+    """Make root obey file permissions: give up the two capabilities that override them."""
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -159,292 +178,401 @@ def obey_permissions():
 
 
 class Sessions:
-    """Starts sessions in processes forked from one that has imported everything."""
+    """Start sessions in processes forked from one that has imported everything."""
 
     def __init__(self):
+        # The server that forks must find this module by its name.
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # or the server would not find this file
-        os.environ["PYTHONWARNINGS"] = "ignore"  # of locks that killed processes left
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        os.environ["PYTHONWARNINGS"] = "ignore"  # about locks left by killed processes
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["survival", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo"])
+        plotting = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+        self.context.set_forkserver_preload(["survival", *plotting, "torch._dynamo"])
 
-    def __call__(self, trainer: Trainer, folder: Path, **plan: Any) -> int:
-        """How the session ended: one of the statuses above, or -SIGKILL. `after` kills it after so many seconds."""
-        process = self.context.Process(target=session, args=(trainer.name, folder, plan))
+    def __call__(self, trainer: Trainer, run: Path, **plan: Any) -> int:
+        """Return the exit status: one of the above, or -SIGKILL.
+
+        Args:
+            plan: for `session`, and "kill_after": seconds until it is killed.
+        """
+        process = self.context.Process(target=session, args=(trainer.name, run, plan))
         process.start()
-        process.join(plan.get("after"))
+        process.join(plan.get("kill_after"))
         if process.is_alive():
             process.kill()
         process.join()
         return process.exitcode
 
 
-# ---------------------------------------------------------------------------------------------------
-# Rows: each returns (how many ended right, how many there were)
+@dataclass(frozen=True)
+class Subject:
+    """A trainer under test: the folder of its runs, and its uninterrupted run's fingerprint."""
+
+    sessions: Sessions
+    trainer: Trainer
+    folder: Path
+    expected: Any
+
+    @property
+    def whole(self) -> Path:
+        """The uninterrupted run."""
+        return self.folder / "whole"
+
+    def start(self, run: Path, **plan: Any) -> int:
+        return self.sessions(self.trainer, run, **plan)
+
+    def is_correct(self, run: Path) -> bool:
+        try:
+            return self.trainer.fingerprint(run) == self.expected
+        except Exception:  # it did not finish; its last files may be broken in any way
+            return False
 
 
-def equals(trainer: Trainer, folder: Path, expected: Any) -> bool:
-    try:
-        return trainer.fingerprint(folder) == expected
-    except Exception:  # it never came to its end, and its last files are of any kind of broken
-        return False
+# ---------------------------------------------------------------------------------------------
+# Rows of both trainers
 
 
-def random_kills(start: Sessions, trainer: Trainer, folder: Path, expected: Any, kills: int, longest: float) -> tuple[int, int]:
-    """Runs are killed again and again until they end; a kill counts as right if its run ended right."""
-    rng, right, done, runs = random.Random(0), 0, 0, 0
+def random_kills(subject: Subject, kills: int, longest: float) -> Count:
+    """Kill runs again and again until they end; a kill counts as correct if its run ends so."""
+    rng, correct, done, runs = random.Random(0), 0, 0, 0
     while done < kills:
-        run, times, runs = folder / f"random{runs}", 0, runs + 1
+        run, times, runs = subject.folder / f"random{runs}", 0, runs + 1
         status = -signal.SIGKILL
         while done + times < kills and status == -signal.SIGKILL:
-            status = start(trainer, run, after=rng.uniform(0.05, longest))
+            status = subject.start(run, kill_after=rng.uniform(0.05, longest))
             times += status == -signal.SIGKILL
-        start(trainer, run)  # to its end
-        right += times if equals(trainer, run, expected) else 0
+        subject.start(run)  # to its end
+        correct += times if subject.is_correct(run) else 0
         done += times
         shutil.rmtree(run, ignore_errors=True)
-    return right, done
+    return correct, done
 
 
-def middle_calls(start: Sessions, trainer: Trainer, folder: Path, stages: int) -> range:
-    """The numbers of so many calls (before and after each function that writes) from the middle of a run on."""
-    start(trainer, folder / "counted", count=str(folder / "count"))
-    first = int((folder / "count").read_text()) // 2
+def middle_calls(subject: Subject, stages: int) -> range:
+    """Return the numbers of `stages` calls of writing functions, from the middle of a run."""
+    count = subject.folder / "count"
+    subject.start(subject.folder / "counted", count_calls=str(count))
+    first = int(count.read_text()) // 2
     return range(first, first + stages)
 
 
-def kills_in_saves(start: Sessions, trainer: Trainer, folder: Path, expected: Any, calls: range) -> tuple[int, int]:
-    """A kill before and after each call that writes, flushes, renames or prunes."""
-    right = 0
+def kills_in_saves(subject: Subject, calls: range) -> Count:
+    """Kill before and after each call that writes, flushes, renames or prunes."""
+    correct = 0
     for call in calls:
-        run = folder / f"stage{call}"
-        assert start(trainer, run, kill_at_call=call) == -signal.SIGKILL, "the run ended before that call"
-        start(trainer, run)
-        right += equals(trainer, run, expected)
+        run = subject.folder / f"stage{call}"
+        status = subject.start(run, kill_at_call=call)
+        assert status == -signal.SIGKILL, "the run ended before that call"
+        subject.start(run)
+        correct += subject.is_correct(run)
         shutil.rmtree(run)
-    return right, len(calls)
+    return correct, len(calls)
 
 
-DAMAGES = {
-    "delete": lambda content, other: None,
-    "truncate": lambda content, other: content[: len(content) // 2],
-    "empty": lambda content, other: b"",
-    "flip a bit": lambda content, other: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "zero a block": lambda content, other: content[: len(content) // 3] + bytes(16) + content[len(content) // 3 + 16 :],
-    "swap": lambda content, other: other,
-    "grow": lambda content, other: content + content[:100],
+# Each takes a file's bytes and those of an earlier step; None deletes the file.
+CORRUPTIONS: dict[str, Callable[[bytes, bytes], bytes | None]] = {
+    "delete": lambda data, other: None,
+    "truncate": lambda data, other: data[: len(data) // 2],
+    "empty": lambda data, other: b"",
+    "flip a bit": lambda data, other: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "zero a block": lambda data, other: (
+        data[: len(data) // 3] + bytes(16) + data[len(data) // 3 + 16 :]
+    ),
+    "swap": lambda data, other: other,
+    "grow": lambda data, other: data + data[:100],
 }
 
 
-def corruptions(start: Sessions, trainer: Trainer, folder: Path, expected: Any, damages: int | None) -> list[tuple[int, int]]:
-    """Each file of the newest checkpoint damaged in each way that changes it, and the run started again: how often that was
-    noticed (an error or a warning that names the checkpoint); how often it was, or changed nothing; how often the run then
-    ended right."""
-    noticed = harmless = right = count = 0
-    cut = folder / "cut"
-    start(trainer, cut, stop_at=CUT)
-    cases = [(file, damage) for damage in DAMAGES for file in trainer.files]
-    for file, damage in random.Random(1).sample(cases, len(cases) if damages is None else damages):
-        name = trainer.folder.format(CUT)
-        content, other = ((cut / trainer.folder.format(step) / file).read_bytes() for step in (CUT, CUT - SAVE_EVERY))
-        damaged = DAMAGES[damage](content, other)
-        if damaged == content:
-            continue  # both steps have the same tokenizer: a swap is no damage
-        shutil.move(cut, folder / "kept")
-        shutil.copytree(folder / "kept", cut)
-        (cut / name / file).unlink() if damaged is None else (cut / name / file).write_bytes(damaged)
-        status = start(trainer, cut, damaged=name)
-        same = equals(trainer, cut, expected)
-        noticed += status != ENDED
-        harmless += status != ENDED or same
-        right += same
+def corrupted_checkpoints(subject: Subject, limit: int | None) -> tuple[Count, Count, Count]:
+    """Corrupt each file of the newest checkpoint in each way that changes it, and resume.
+
+    Returns how often that was detected (an error, or a warning that names the checkpoint), how
+    often it was detected or changed nothing, and how often the run still ended correctly.
+    """
+    detected = harmless = correct = count = 0
+    trainer, run, copy = subject.trainer, subject.folder / "cut", subject.folder / "kept"
+    newest, earlier = (trainer.checkpoint.format(step) for step in (CUT, CUT - SAVE_EVERY))
+    subject.start(run, stop_at=CUT)
+    cases = [(file, kind) for kind in CORRUPTIONS for file in trainer.files]
+    for file, kind in random.Random(1).sample(cases, len(cases) if limit is None else limit):
+        data = (run / newest / file).read_bytes()
+        corrupted = CORRUPTIONS[kind](data, (run / earlier / file).read_bytes())
+        if corrupted == data:
+            continue  # both steps have the same tokenizer, so swapping changes nothing
+        shutil.move(run, copy)
+        shutil.copytree(copy, run)
+        if corrupted is None:
+            (run / newest / file).unlink()
+        else:
+            (run / newest / file).write_bytes(corrupted)
+        is_detected = subject.start(run, corrupted=newest) != ENDED
+        is_correct = subject.is_correct(run)
+        detected += is_detected
+        harmless += is_detected or is_correct
+        correct += is_correct
         count += 1
-        shutil.rmtree(cut)
-        shutil.move(folder / "kept", cut)
-    return [(noticed, count), (harmless, count), (right, count)]
+        shutil.rmtree(run)
+        shutil.move(copy, run)
+    return (detected, count), (harmless, count), (correct, count)
 
 
-def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file with its bytes and the time of its last change."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return each file's bytes and the time of its last change."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def finished_runs(start: Sessions, trainer: Trainer, whole: Path) -> tuple[int, int]:
-    """A finished run started again, three times: not one byte may change."""
-    before, right = content(whole), 0
+def finished_runs(subject: Subject) -> Count:
+    """Start a finished run again, three times: not one byte may change."""
+    before, correct = snapshot(subject.whole), 0
     for _ in range(3):
-        start(trainer, whole)
-        right += content(whole) == before
-    return right, 3
+        subject.start(subject.whole)
+        correct += snapshot(subject.whole) == before
+    return correct, 3
 
 
-def poisoned(start: Sessions, trainer: Trainer, folder: Path) -> tuple[int, int]:
-    """A loss that is not a number, at three steps: the run must say so and leave a checkpoint whose weights are finite."""
-    right, steps = 0, (SAVE_EVERY + 1, 30, STEPS)
+def nan_losses(subject: Subject) -> Count:
+    """Make the loss NaN at one of three steps: an error, and a checkpoint with finite weights."""
+    correct, steps = 0, (SAVE_EVERY + 1, 30, STEPS)
     for step in steps:
-        run = folder / f"poison{step}"
-        said = start(trainer, run, poison=step) in (REFUSED, FAILED)
-        weights = [safetensors.safe_open(file, "pt") for file in run.rglob("model.safetensors")]
-        finite = [all(file.get_tensor(name).isfinite().all() for name in file.keys()) for file in weights]  # noqa: SIM118
-        right += said and any(finite)
-    return right, len(steps)
+        run = subject.folder / f"nan{step}"
+        is_error = subject.start(run, nan_at=step) in (REFUSED, FAILED)
+        correct += is_error and any(map(is_finite, run.rglob("model.safetensors")))
+    return correct, len(steps)
 
 
-# ---------------------------------------------------------------------------------------------------
+def is_finite(file: Path) -> bool:
+    with safetensors.safe_open(file, "pt") as tensors:
+        names = tensors.keys()  # the file itself cannot be iterated over
+        return all(tensors.get_tensor(name).isfinite().all() for name in names)
+
+
+# ---------------------------------------------------------------------------------------------
 # Rows of lmlib alone
 
 
-def full_disks(start: Sessions, folder: Path, expected: Any, calls: range) -> tuple[int, int]:
-    """Each call of a save fails with "no space left": a clear error, and started again the run ends right."""
-    right = 0
+def full_disks(subject: Subject, calls: range) -> Count:
+    """Let each call of a save find no disk space: a clear error, and the resumed run is correct."""
+    correct = 0
     for call in calls:
-        run = folder / f"full{call}"
-        said = start(OURS, run, full_at_call=call, sentence="another output_dir") == REFUSED
-        start(OURS, run)
-        right += said and equals(OURS, run, expected)
+        run = subject.folder / f"full{call}"
+        status = subject.start(run, full_at_call=call, message="another output_dir")
+        subject.start(run)
+        correct += status == REFUSED and subject.is_correct(run)
         shutil.rmtree(run)
-    return right, len(calls)
+    return correct, len(calls)
 
 
-def small_disks(start: Sessions, folder: Path, expected: Any) -> tuple[int, int] | None:
-    """A real disk that fills up before a save, to the byte; None where none can be mounted (that takes root)."""
-    disk = folder / "disk"
+def small_disks(subject: Subject) -> Count | None:
+    """Fill a real disk before a save, leaving room for more or less of it.
+
+    Returns None where no disk can be mounted (that takes root).
+    """
+    folder, disk = subject.folder, subject.folder / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         return None
     try:
+        run, copy = disk / "run", folder / "kept_disk"
         shutil.copytree(folder / ".tokens", disk / ".tokens")
-        start(OURS, disk / "run", stop_at=CUT)
-        shutil.move(disk / "run", folder / "kept_disk")
-        save = sum(path.stat().st_size for path in folder.glob(f"kept_disk/checkpoints/checkpoint_step_{CUT}/**/*"))
-        right, rooms = 0, [0, save // 2, *(save + 4096 * pages for pages in range(-6, 14, 2))]
+        subject.start(run, stop_at=CUT)
+        shutil.move(run, copy)
+        newest = copy / subject.trainer.checkpoint.format(CUT)
+        save = sum(path.stat().st_size for path in newest.rglob("*"))
+        correct, rooms = 0, [0, save // 2, *(save + 4096 * pages for pages in range(-6, 14, 2))]
         for room in rooms:
-            shutil.copytree(folder / "kept_disk", disk / "run")
-            (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
-            status = start(OURS, disk / "run", sentence="another output_dir")
+            shutil.copytree(copy, run)
+            filler = max(0, shutil.disk_usage(disk).free - room)
+            (disk / "filler").write_bytes(bytes(filler))
+            status = subject.start(run, message="another output_dir")
             (disk / "filler").unlink()
-            start(OURS, disk / "run")
-            right += status in (REFUSED, ENDED) and equals(OURS, disk / "run", expected)
-            shutil.rmtree(disk / "run")
-        return right, len(rooms)
+            subject.start(run)
+            correct += status in (REFUSED, ENDED) and subject.is_correct(run)
+            shutil.rmtree(run)
+        return correct, len(rooms)
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def read_only(start: Sessions, folder: Path, whole: Path, expected: Any) -> tuple[int, int]:
-    """Folders and files that may not be written: a clear error, nothing changed where nothing may be; made writable, the
-    run ends right."""
-    right = 0
-    places = [".", "checkpoints", f"checkpoints/checkpoint_step_{CUT}", "metrics.jsonl", "everything"]
-    for place in places:
-        run = folder / "locked" / "run"
-        shutil.copytree(folder / ".tokens", run.parent / ".tokens", dirs_exist_ok=True)
-        start(OURS, run, stop_at=CUT)
-        paths = [run, *run.rglob("*")] if place == "everything" else [run / place]
-        modes = {path: path.stat().st_mode for path in paths}
-        before = content(run)
-        for path in paths:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        status = start(OURS, run, root_obeys=True, sentence="another output_dir")
-        kept = content(run) == before or place not in (".", "everything")
-        for path, mode in modes.items():
-            path.chmod(mode)
-        start(OURS, run)
-        # a locked old checkpoint is in nobody's way; the rest must be refused
-        right += (status == REFUSED or place.endswith(str(CUT))) and kept and equals(OURS, run, expected)
-        shutil.rmtree(run.parent)
-    empty = folder / "empty"
+def read_only(subject: Subject) -> Count:
+    """Forbid writing to folders and files: a clear error, and once allowed the run is correct.
+
+    Where nothing may be written, nothing may change.
+    """
+    places = [".", "checkpoints", f"checkpoints/checkpoint_step_{CUT}", "metrics.jsonl", "all"]
+    correct = sum(read_only_place(subject, place) for place in places)
+
+    empty = subject.folder / "empty"
     empty.mkdir(mode=0o555)
-    right += start(OURS, empty / "run", root_obeys=True, sentence="cannot be used") == REFUSED and not list(empty.iterdir())
-    for path in (whole, *whole.rglob("*")):
+    status = subject.start(empty / "run", as_user=True, message="cannot be used")
+    correct += status == REFUSED and not list(empty.iterdir())
+
+    finished = [subject.whole, *subject.whole.rglob("*")]
+    for path in finished:
         path.chmod(path.stat().st_mode & 0o555)
-    before = content(whole)
-    right += start(OURS, whole, root_obeys=True) == ENDED and content(whole) == before
-    for path in (whole, *whole.rglob("*")):
+    before = snapshot(subject.whole)
+    status = subject.start(subject.whole, as_user=True)
+    correct += status == ENDED and snapshot(subject.whole) == before
+    for path in finished:
         path.chmod(path.stat().st_mode | 0o200)
-    return right, len(places) + 2
+    return correct, len(places) + 2
 
 
-def two_writers(start: Sessions, folder: Path, expected: Any) -> tuple[int, int]:
-    """A second process on a run's folder is refused with the first one's pid; a lock whose holder died is no obstacle."""
-    run = folder / "written"
+def read_only_place(subject: Subject, place: str) -> bool:
+    """Check that a run with a read-only file or folder is refused, and resumes once writable."""
+    run = subject.folder / "locked" / "run"
+    shutil.copytree(subject.folder / ".tokens", run.parent / ".tokens", dirs_exist_ok=True)
+    subject.start(run, stop_at=CUT)
+    paths = [run, *run.rglob("*")] if place == "all" else [run / place]
+    modes = {path: path.stat().st_mode for path in paths}
+    before = snapshot(run)
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    status = subject.start(run, as_user=True, message="another output_dir")
+    is_unchanged = snapshot(run) == before or place not in (".", "all")
+    for path, mode in modes.items():
+        path.chmod(mode)
+    subject.start(run)
+    # Resuming writes nothing to an old checkpoint, so a read-only one need not be an error.
+    is_refused = status == REFUSED or place.endswith(str(CUT))
+    is_correct = subject.is_correct(run)
+    shutil.rmtree(run.parent)
+    return is_refused and is_unchanged and is_correct
+
+
+def two_processes(subject: Subject) -> Count:
+    """Start a second process on a run: refused, naming the first one's pid.
+
+    A lock whose process died does not block the run.
+    """
+    run = subject.folder / "locked_run"
+    message = f"is being written by process {os.getpid()}"
     with hold_lock(run):
-        refused = start(OURS, run, sentence=f"is being written by process {os.getpid()}") == REFUSED
-    assert (folder / ".locks" / "written.lock").exists()
-    start(OURS, run)
-    return int(refused) + int(equals(OURS, run, expected)), 2
+        status = subject.start(run, message=message)
+    assert (run.parent / ".locks" / f"{run.name}.lock").exists()
+    subject.start(run)
+    return int(status == REFUSED) + int(subject.is_correct(run)), 2
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass
+class Table:
+    """Rows of counts, one column per trainer; each count is printed to stderr when it is known."""
+
+    trainers: list[Trainer]
+    rows: dict[str, dict[str, Count]] = field(default_factory=dict)
+
+    def add(self, row: str, trainer: Trainer, count: Count | None):
+        if count is not None:
+            self.rows.setdefault(row, {})[trainer.name] = count
+            line = f"{count[0]:>4} of {count[1]:>4}  {trainer.name}, {row}"
+            print(line, file=sys.stderr, flush=True)
+
+    def print(self):
+        names = [trainer.name for trainer in self.trainers]
+        print("| what happened |", " | ".join(f"{name}, correct" for name in names), "|")
+        print(f"|{'---|' * (1 + len(names))}")
+        for row, counts in self.rows.items():
+            cells = [f"{counts[n][0]} of {counts[n][1]}" if n in counts else "" for n in names]
+            print(f"| {row} | {' | '.join(cells)} |")
+
+
+def uninterrupted(sessions: Sessions, trainer: Trainer, folder: Path) -> tuple[Subject, float]:
+    """Train the uninterrupted run; returns the subject and the run's seconds."""
+    folder.mkdir()
+    if trainer is THEIRS:  # its model has the shape and the tokenizer of ours
+        ours = folder.parent / OURS.name / "whole" / OURS.checkpoint.format(STEPS)
+        shutil.copytree(ours, folder / "model")
+    sessions(trainer, folder / "warm")  # the first run of all prepares the tokens
+    began = time.monotonic()
+    sessions(trainer, folder / "whole")
+    seconds = time.monotonic() - began
+    return Subject(sessions, trainer, folder, trainer.fingerprint(folder / "whole")), seconds
+
+
+def add_common_rows(
+    table: Table, subject: Subject, seconds: float, calls: range, options: argparse.Namespace
+):
+    """Add the rows that both trainers have; an uninterrupted run takes `seconds`."""
+    add = lambda row, count: table.add(row, subject.trainer, count)  # noqa: E731
+    add("the same run twice", (int(subject.is_correct(subject.folder / "warm")), 1))
+    add("killed at random", random_kills(subject, options.kills, seconds))
+    early = random_kills(subject, options.kills // 2, 0.4 * seconds)
+    add("killed soon after resuming", early)
+    add("killed at each stage of a save", kills_in_saves(subject, calls))
+    detected, harmless, correct = corrupted_checkpoints(subject, options.corruptions)
+    add("corrupted checkpoints: detected", detected)
+    add("corrupted checkpoints: no undetected change of the result", harmless)
+    add("corrupted checkpoints: the run still ended correctly", correct)
+    add("a finished run started again", finished_runs(subject))
+    add("a NaN loss", nan_losses(subject))
+
+
+def add_own_rows(table: Table, subject: Subject, calls: range, options: argparse.Namespace):
+    """Add the rows of lmlib alone."""
+    add = lambda row, count: table.add(row, subject.trainer, count)  # noqa: E731
+    folder = subject.folder
+    add("disk full at each stage of a save", full_disks(subject, calls))
+    add("a small disk that fills up", small_disks(subject))
+    add("read-only folders and files", read_only(subject))
+    add("a second process on the run; a stale lock", two_processes(subject))
+    files = [hostile.refused(file, folder) for file in hostile.PARAMETER_FILES]
+    add("hostile parameter files", (sum(files), len(files)))
+    texts = hostile.stay_text(hostile.TEXTS[: options.texts], folder)
+    add("hostile texts in every page", (sum(texts), len(texts)))
+    if options.browser:
+        import browser  # Playwright is needed for this row alone
+
+        (folder / "browser").mkdir()
+        with browser.chromium() as chromium, contextlib.redirect_stdout(io.StringIO()):
+            ran = browser.texts_that_ran(folder / "browser", chromium)
+        count = len(browser.HOSTILE)
+        add("hostile texts in a real browser", (count - len(ran), count))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=200, help="random kills; half as many soon after resuming"
+    )
+    parser.add_argument(
+        "--stages", type=int, default=40, help="calls of a save to be killed at, or to fail"
+    )
+    parser.add_argument(
+        "--corruptions", type=int, help="how many corruptions, sampled from all; default: all"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=len(hostile.TEXTS), help="how many hostile texts"
+    )
+    parser.add_argument("--alone", action="store_true", help="leave out transformers' Trainer")
+    parser.add_argument(
+        "--browser", action="store_true", help="hostile texts in Chromium too, which must be there"
+    )
+    return parser.parse_args()
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--kills", type=int, default=200, help="random kills; half as many soon after starting again")
-    options.add_argument("--stages", type=int, default=40, help="calls of a save to be killed or starved at")
-    options.add_argument("--damages", type=int, help="corruptions, drawn from all; default: all")
-    options.add_argument("--texts", type=int, default=len(hostile.TEXTS), help="hostile texts")
-    options.add_argument("--alone", action="store_true", help="without transformers' Trainer")
-    options.add_argument("--browser", action="store_true", help="hostile texts in a real browser too (needs Chromium)")
-    arguments = options.parse_args()
-    trainers = [OURS] if arguments.alone else [OURS, THEIRS]
-    table: dict[str, dict[str, tuple[int, int]]] = {}
-    calls: dict[str, range] = {}
-
-    def row(what: str, trainer: Trainer, counts: tuple[int, int] | None):
-        if counts is not None:
-            table.setdefault(what, {})[trainer.name] = counts
-            print(f"{counts[0]:>4} of {counts[1]:>4}  {trainer.name}, {what}", file=sys.stderr, flush=True)
-
-    start = Sessions()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a killed process loses nothing that it wrote there
+    options = parse_options()
+    trainers = [OURS] if options.alone else [OURS, THEIRS]
+    table, sessions = Table(trainers), Sessions()
+    # In memory if possible: a killed process loses nothing that it wrote there.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as name:
         for trainer in trainers:
-            folder = Path(name, trainer.name)
-            folder.mkdir()
-            if trainer is THEIRS:
-                shutil.copytree(Path(name, "lmlib", "whole", OURS.folder.format(STEPS)), folder / "model")
-            start(trainer, folder / "warm")
-            began = time.monotonic()
-            start(trainer, folder / "whole")
-            length = time.monotonic() - began
-            expected = trainer.fingerprint(folder / "whole")
-            row("the same run twice", trainer, (int(trainer.fingerprint(folder / "warm") == expected), 1))
-            row("killed at random", trainer, random_kills(start, trainer, folder, expected, arguments.kills, length))
-            early = random_kills(start, trainer, folder, expected, arguments.kills // 2, 0.4 * length)
-            row("killed soon after starting again", trainer, early)
-            calls[trainer.name] = middle_calls(start, trainer, folder, arguments.stages)
-            in_saves = kills_in_saves(start, trainer, folder, expected, calls[trainer.name])
-            row("killed at each stage of a save", trainer, in_saves)
-            noticed, harmless, right = corruptions(start, trainer, folder, expected, arguments.damages)
-            row("corrupted checkpoints: noticed", trainer, noticed)
-            row("corrupted checkpoints: no other result in silence", trainer, harmless)
-            row("corrupted checkpoints: the run ended right all the same", trainer, right)
-            row("a finished run started again", trainer, finished_runs(start, trainer, folder / "whole"))
-            row("a loss that is not a number", trainer, poisoned(start, trainer, folder))
-        folder, whole = Path(name, "lmlib"), Path(name, "lmlib", "whole")
-        expected = OURS.fingerprint(whole)
-        row("disk full at each stage of a save", OURS, full_disks(start, folder, expected, calls["lmlib"]))
-        row("a small disk that fills up", OURS, small_disks(start, folder, expected))
-        row("folders and files that may not be written", OURS, read_only(start, folder, whole, expected))
-        row("a second writer; a lock left behind", OURS, two_writers(start, folder, expected))
-        files = [hostile.refused(file, folder) for file in hostile.PARAMETER_FILES]
-        row("hostile parameter files", OURS, (sum(files), len(files)))
-        texts = hostile.stay_text(hostile.TEXTS[: arguments.texts], folder)
-        row("hostile texts in every page", OURS, (sum(texts), len(texts)))
-        if arguments.browser:
-            import browser
-
-            (folder / "browser").mkdir()
-            with browser.chromium() as chromium, contextlib.redirect_stdout(io.StringIO()):
-                ran = browser.texts_that_ran(folder / "browser", chromium)
-            row("hostile texts in a real browser", OURS, (len(browser.HOSTILE) - len(ran), len(browser.HOSTILE)))
-
-    names = [trainer.name for trainer in trainers]
-    print(f"| what happened | {' | '.join(f'{name}, ended right' for name in names)} |\n|{'---|' * (1 + len(names))}")
-    for what, counts in table.items():
-        print(f"| {what} | {' | '.join(f'{counts[n][0]} of {counts[n][1]}' if n in counts else '' for n in names)} |")
-    sys.exit(any(counts["lmlib"][0] != counts["lmlib"][1] for counts in table.values()))
+            subject, seconds = uninterrupted(sessions, trainer, Path(name, trainer.name))
+            calls = middle_calls(subject, options.stages)
+            add_common_rows(table, subject, seconds, calls, options)
+            if trainer is OURS:
+                add_own_rows(table, subject, calls, options)
+    table.print()
+    ours = [counts[OURS.name] for counts in table.rows.values()]
+    sys.exit(any(correct != count for correct, count in ours))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lmlib.files import PROJECT_ROOT
 from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.run.lock import hold_lock, run_status
 from lmlib.sweep.grid import plan
-from lmlib.sweep.launch import _devices, _share, sweep
+from lmlib.sweep.launch import _shares, sweep
 from lmlib.sweep.learning_rate import RangeTest, _steepest, candidates, find_learning_rate
 
 SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
@@ -111,16 +111,15 @@ def test_an_unusable_folder_or_a_run_in_training_fails_alone(tmp_path):
     with hold_lock(configs[2].run_dir):
         outcomes = {outcome.config.run_name: outcome for outcome in sweep(configs)}
     assert {outcome.state for outcome in outcomes.values()} == {"failed"}
-    assert "is training it" in outcomes["smoke-seed2"].said and not configs[2].run_dir.exists()
+    assert "is training it" in outcomes["smoke-seed2"].message and not configs[2].run_dir.exists()
 
 
 def test_jobs_share_the_devices_that_the_user_gave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    shares = [_share(job, 3, _devices()) for job in range(3)]
-    assert shares == [{"CUDA_VISIBLE_DEVICES": name} for name in "232"]
+    assert _shares(3) == [{"CUDA_VISIBLE_DEVICES": name} for name in "232"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert _devices() == ["0", "1"]
+    assert _shares(None) == [{"CUDA_VISIBLE_DEVICES": name} for name in "01"]
 
 
 def test_the_search_suggests_a_rate_that_learns_and_changes_no_state(smoke):

@@ -1,0 +1,49 @@
+"""The lock: one writer, its pid beside it, and no POSIX-only import."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from lmlib.files import PROJECT_ROOT
+from lmlib.run.lock import hold_lock, lock_holder
+
+
+def test_lock_names_its_holder_and_is_free_afterwards(tmp_path):
+    run_dir = tmp_path / "run"
+    assert lock_holder(run_dir) is None and not (tmp_path / ".locks").exists()
+    with hold_lock(run_dir):
+        assert lock_holder(run_dir) == f"{os.getpid()} on {platform.node()}"
+        refused = pytest.raises(ValueError, match=f"being written by process {os.getpid()} on")
+        with refused, hold_lock(run_dir):
+            pass
+    assert lock_holder(run_dir) is None
+    with hold_lock(run_dir):
+        pass
+
+
+def test_looking_at_a_lock_never_refuses_its_next_holder(tmp_path):
+    """`lock_holder` takes the lock for an instant; `hold_lock` waits that long."""
+    look = "import sys; from pathlib import Path; from lmlib.run.lock import lock_holder\n"
+    look += "print(flush=True)\nwhile True: lock_holder(Path(sys.argv[1]))"
+    with hold_lock(tmp_path / "run"):
+        pass
+    command = [sys.executable, "-c", look, tmp_path / "run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+        try:
+            watcher.stdout.readline()
+            for _ in range(50):
+                with hold_lock(tmp_path / "run"):
+                    pass
+        finally:
+            watcher.kill()
+
+
+def test_core_imports_where_fcntl_is_missing():
+    """As on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None\n"
+    code += "import lmlib, lmlib.training, lmlib.checkpoint, lmlib.run.lock, lmlib.cli.parser\n"
+    code += "import lmlib.run.run_audit, lmlib.generation.text; print(lmlib.train, lmlib.generate)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=PROJECT_ROOT)
