@@ -9,7 +9,8 @@ _HOMES = {  # public name: its home
     "train": "training", "load": "checkpoint",
     "generate": "generation.text", "stream": "generation.text",
 }
-_ROOMS = ("analysis", "audit", "data", "generation", "model", "notebook", "run", "sweep")
+_ROOMS = ("analysis", "audit", "checkpoint", "config", "data", "evaluation", "generation", "model",
+          "notebook", "optim", "run", "sweep", "training")
 
 __all__ = sorted(_HOMES)
 

@@ -1,8 +1,9 @@
 """Checkpoints on disk: write, verify, choose, read.
 
 A checkpoint is a Hugging Face model folder. Its manifest, checkpoint.json, has the size and SHA-256
-of every file and is written last. training_state/ holds what resuming needs, with a manifest of its
-own (state.json). Tensors are safetensors and the rest is JSON, so nothing is ever unpickled.
+of the model and tokenizer files and is written after them. training_state/ holds what resuming
+needs, with a manifest of its own (state.json). Tensors are safetensors and the rest is JSON, so
+nothing is ever unpickled.
 """
 
 import hashlib

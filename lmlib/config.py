@@ -51,7 +51,7 @@ class RunConfig:
     validation_corpus: str | None = None  # validation text from elsewhere; None: split the corpus
     validation_fraction: float = 0.1  # fraction of documents held out, by a hash of each document
     validation_windows: int = 128     # windows in every evaluation, always the same ones
-    split: Literal["documents", "windows"] = "documents"  # windows: they overlap, which is a leak
+    split: Literal["documents", "windows"] = "documents"  # or "windows", which overlap: a leak
     tokenizer: str = "train"          # "train": byte-level BPE; or a folder or Hugging Face id
     vocab_size: int | None = 4096     # embedding rows; None: the size of a pretrained tokenizer
     sequence_length: int = 256        # tokens in a window (the context length)
@@ -62,8 +62,8 @@ class RunConfig:
     num_hidden_layers: int = 4        # decoder layers
     num_attention_heads: int = 4      # attention heads
     intermediate_size: int = 512      # mlp: width of the SwiGLU feed-forward layer
-    attention: Literal["mla", "mha"] = "mla"  # latent (DeepSeek-V3) or plain multi-head (Llama)
-    feed_forward: Literal["mlp", "moe"] = "mlp"  # SwiGLU MLP, or experts (DeepSeek-V3, GLM-4.5)
+    attention: Literal["mla", "mha"] = "mla"  # "mla": latent (DeepSeek-V3); "mha": plain (Llama)
+    feed_forward: Literal["mlp", "moe"] = "mlp"  # "mlp": SwiGLU; "moe": routed experts
     num_experts: int = 4              # moe: routed experts per layer, besides one shared expert
     num_experts_per_tok: int = 2      # moe: routed experts per token
     moe_intermediate_size: int = 168  # moe: width of an expert
@@ -87,7 +87,7 @@ class RunConfig:
     total_steps: int = 700            # optimizer updates
     batch_size: int = 8               # windows per update
     micro_batch_size: int | None = None  # windows per forward pass, to save memory; None: all
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices, AdamW for the rest
+    optimizer: Literal["muon", "adamw"] = "muon"  # "muon" (AdamW for non-matrices) or "adamw"
     learning_rate: float = 0.01       # AdamW's peak learning rate
     muon_learning_rate: float = 0.02  # Muon's peak learning rate
     warmup_ratio: float = 0.05        # fraction of steps for warmup; then cosine decay to 10 %
@@ -97,7 +97,7 @@ class RunConfig:
     eval_every: int = 50              # steps between evaluations
     checkpoint_every: int = 100       # steps between checkpoints
     log_every: int = 10               # steps between log lines
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is inf or NaN
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # or "skip" an update that is inf or NaN
     allow_leaks: bool = False         # train even if the audit finds a leak, and mark all results
     # fmt: on
 

@@ -27,7 +27,7 @@ from lmlib.run.device import numerics
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.prepare import Run, prepare, record_start
 from lmlib.run.records import Record, measured_on, model_name
-from lmlib.run.start import find_start, open_store
+from lmlib.run.start import Start, find_start, open_store
 
 SPIKE_WINDOW = 30  # recent losses that a spike is measured against
 PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # of the sample after each evaluation
@@ -41,8 +41,10 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop; its checkpoint is saved."""
 
 
-def train(config: RunConfig) -> Iterator[Record]:
+def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
     """Train the run that `config` describes, or resume it; yields each record once it is written.
+
+    `start` is `find_start(config)`, if the caller has it: finding it verifies a checkpoint.
 
     A run resumes from its newest good checkpoint. A finished run yields its last record and changes
     nothing. Ctrl-C, SIGTERM and a file named `stop` in the run's folder end the step, save, and
@@ -54,7 +56,7 @@ def train(config: RunConfig) -> Iterator[Record]:
         NonFinite: see `on_nonfinite`.
         Stopped: the run was asked to stop, and is saved.
     """
-    start = find_start(config)
+    start = start or find_start(config)
     if start.results:
         yield Record("done", start.step, start.results, {})
         return
@@ -272,7 +274,7 @@ def finish(run: Run) -> Record:
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
     done = emit(run, "done", results, **timing)
-    with suppress(ImportError):  # the notebook packages may not be installed
+    with suppress(ModuleNotFoundError):  # the notebook packages may not be installed
         from lmlib.analysis import figures
         figures.save_curves(run_dir)
     write_json(run_dir / "results.json", {

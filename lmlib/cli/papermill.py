@@ -22,9 +22,9 @@ from lmlib.text import printable
 def notebook(options: argparse.Namespace) -> int:
     """Check every parameter, then execute notebooks/train.ipynb into the run's folder."""
     config = load_config(options)
-    from lmlib.run.start import find_start  # imports torch
+    from lmlib.run.start import finished_results, merge_recorded  # imports torch
     executed = config.run_dir.absolute() / "train.ipynb"
-    if find_start(config).results and executed.exists():
+    if finished_results(merge_recorded(config)) and executed.exists():
         print(f"{config.run_dir} is finished: {config.total_steps} steps; {executed.name} is left "
               "as it is.\nTo continue, raise total_steps; to start over, choose another run_name.")
         return 0

@@ -38,7 +38,7 @@ def missing_packages(what: str, error: ModuleNotFoundError) -> str:
     """Say what to install for `what`; raise the error again if the extra does not cover it."""
     if (error.name or "").partition(".")[0] not in NOTEBOOK_PACKAGES:
         raise error
-    return f"{what} needs the notebook packages: pip install 'lmlib[notebook]'."
+    return f"{what} needs the notebook packages: pip install -e '.[notebook]'."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
     _add_recipe(add("notebook", "papermill:notebook", "train by executing notebooks/train.ipynb"))
     argument = add("generate", "generate:generate", "generate text with a run's model")
     argument("run", help="a run, a checkpoint, or a Hugging Face folder")
-    argument("--step", type=int, help="which checkpoint (the newest)")
+    argument("--step", type=int, help="step of the checkpoint (newest)")
     argument("--mode", choices=("interactive", "batch"), help="(batch if there are prompts)")
-    argument("--prompts", nargs="+", default=[], help="of batch mode; -: lines of standard input")
+    argument("--prompts", nargs="+", default=[], help="for batch mode; -: lines of standard input")
     argument("--prompts-file", metavar="FILE", help="with a prompt per line; -: standard input")
-    argument("--output", metavar="FILE", default="", help="of batch mode (standard output)")
+    argument("--output", metavar="FILE", default="", help="for batch mode (standard output)")
     argument("--format", choices=("text", "jsonl"), help="(jsonl if --output ends in .jsonl)")
     for f in fields(Settings):
         argument(f"--{f.name.replace('_', '-')}", metavar="VALUE", default=f.default,
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     argument("--confirm", type=int, metavar="STEPS", help="then train there and nearby for STEPS")
     argument = add("audit", "look:audit", "check whether a model's scores can be trusted")
     argument("source", help="a run, a checkpoint, a Hugging Face folder or id")
-    argument("--step", type=int, help="which checkpoint (the newest)")
+    argument("--step", type=int, help="step of the checkpoint (newest)")
     argument("--page", metavar="FILE.html", help="verdicts and figures (of a run: in its folder)")
     add("checkpoints", "look:checkpoints", "list a run's checkpoints")("run")
     add("runs", "look:runs", "list the runs")("output_dir", nargs="?", default="outputs")

@@ -25,10 +25,11 @@ def train(options: argparse.Namespace):
     if start.results:
         return
     try:
-        for record in training.train(config):
+        for record in training.train(config, start):
             print(describe(record, config.total_steps), flush=True)
     except KeyboardInterrupt:
         with contextlib.suppress(ModuleNotFoundError):  # drawing needs the notebook packages
             from lmlib.analysis import figures
-            figures.save_curves(config.run_dir)
+            if config.run_dir.is_dir():  # not yet while a new run tokenizes its corpus
+                figures.save_curves(config.run_dir)
         raise

@@ -75,15 +75,16 @@ def _lines(file: Path, encoding: str) -> Iterator[str]:
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Read one object a line, or an array of objects or of strings (their column is "text")."""
-    # These are the files that the package `datasets` accepts; a test compares the documents.
-    lines = _lines(file, "utf-8-sig")  # -sig: without the byte-order mark
-    first = next(lines, "")
+    # A test compares the documents with those that the package `datasets` reads.
+    lines = enumerate(_lines(file, "utf-8-sig"), 1)  # -sig: without the byte-order mark
+    start, first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
     if first.lstrip().startswith("["):
-        items = _parse(first + "".join(lines), f"{file} cannot be read: it begins with '[' but")
+        whole = "".join([first, *(line for _, line in lines)])
+        items = _parse(whole, f"{file} cannot be read: it begins with '[' but")
         rows = ({"text": item} if isinstance(item, str) else item for item in items)
     else:
         rows = (_parse(line, f"{file} cannot be read: line {number}")
-                for number, line in enumerate(chain([first], lines), 1) if line.strip())
+                for number, line in chain([(start, first)], lines) if line.strip())
     for row in rows:
         if isinstance(row, dict):
             yield row
@@ -105,7 +106,7 @@ def _dataset_rows(source: str, *name: str | None, **options: Any) -> Iterator[di
         import datasets
     except ImportError:
         raise ValueError("Reading .parquet files (or Hugging Face datasets) needs the package "
-                         "datasets: pip install 'lmlib[notebook]'.") from None
+                         "datasets: pip install -e '.[notebook]'.") from None
     from huggingface_hub import errors
     try:
         yield from datasets.load_dataset(*name, streaming=True, **options)

@@ -50,7 +50,8 @@ class Explorer:
         fit, wide = {"width": "max-content"}, {"width": "97%"}
         for number, run in enumerate(self.frame.attrs["runs"]):
             # Runs beyond the number of colors reuse them with another mark.
-            color, mark = figures.color_of(number), "■◆▲●"[number // len(figures.COLORS) % 4]
+            color = figures.color_of(number)
+            mark = "■◆▲●"[number // len(figures.COLORS) % 4]
             self.swatches[run] = w.HTML(f"<span style='color: {color}'>{mark}</span>")
             self.switches[run] = w.Checkbox(True, description=run, indent=False, layout=fit,
                                             style={"description_width": "initial"})

@@ -56,7 +56,7 @@ def _processor() -> str:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """List what differs from the environment that a run began in, which makes resuming inexact.
+    """List what differs from the run's last session, which makes resuming inexact.
 
     Raises a ValueError if the data differ, since it would not be the same run.
     """

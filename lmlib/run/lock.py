@@ -50,7 +50,8 @@ def _is_locked(run_dir: Path) -> bool | None:
     path = _lock_file(run_dir)
     try:
         if path.exists():
-            with FileLock(path).acquire(blocking=False):
+            # Patiently: another process that looks holds the lock for an instant too.
+            with FileLock(path).acquire(timeout=0.2, poll_interval=0.01):
                 pass
     except Timeout:
         return True

@@ -70,7 +70,6 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     optimizers = optim.build_optimizers(model, config)
     if start.resumes or (start.source and config.init_state == "full"):
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source))
-    checkpoint.check_space(config.run_dir, disk_needed(config, model, optimizers, start.step))
     progress = Progress(step=start.step, scored=start.step,
                         micro_batch_size=config.micro_batch_size or config.batch_size)
     if start.resumes:
@@ -90,6 +89,8 @@ def record_start(run: Run):
     On resume, warn of each difference of the environment that makes it inexact.
     """
     config, model, run_dir = run.config, run.model, run.config.run_dir
+    needed = disk_needed(config, model, run.optimizers, run.progress.step)
+    checkpoint.check_space(run_dir, needed)
     before = read_json(run_dir / "environment.json") or {}
     current = environment(run.store, run.start.device)
     for difference in differences(before, current) if before else []:

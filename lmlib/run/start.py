@@ -1,4 +1,4 @@
-"""Where a run starts, decided once: new, from another model, from its own checkpoint, or nowhere.
+"""Where a run starts, decided in one place: anew, from another model, or from its own checkpoint.
 
 A finished run starts nowhere: training it again changes nothing.
 """
@@ -48,15 +48,13 @@ def find_start(config: RunConfig) -> Start:
     """
     config, device = merge_recorded(config), pick_device(config.device)
     run_dir, steps = config.run_dir, checkpoint.checkpoint_steps(config.run_dir)
-    results = files.read_json(run_dir / "results.json")
-    is_finished = isinstance(results, dict) and results.get("total_steps") == config.total_steps
-    step, source = 0, None
-    if is_finished:
+    results, step, source = finished_results(config), 0, None
+    if results:
         step = config.total_steps
     elif steps:
         source = checkpoint.newest_good(run_dir, with_state=True, run=config.key())
         step = checkpoint.read_state(source)["step"]
-    elif results is not None:
+    elif (run_dir / "results.json").exists():
         raise ValueError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
                          "resume: choose another run_name.")
     elif config.init_from:
@@ -64,9 +62,16 @@ def find_start(config: RunConfig) -> Start:
     if step > config.total_steps:
         raise ValueError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
-                 resumes=bool(steps) and not is_finished,
+                 resumes=bool(steps) and not results,
                  tokenizer=str(source) if source and config.init_from else None,
-                 results=results if is_finished else None, steps=steps)
+                 results=results, steps=steps)
+
+
+def finished_results(config: RunConfig) -> dict[str, Any] | None:
+    """Return results.json if the run in the folder has made all the steps of `config`."""
+    results = files.read_json(config.run_dir / "results.json")
+    is_finished = isinstance(results, dict) and results.get("total_steps") == config.total_steps
+    return results if is_finished else None
 
 
 def merge_recorded(config: RunConfig) -> RunConfig:
@@ -117,7 +122,8 @@ def open_store(start: Start) -> TokenStore:
     """Return the run's tokens, preparing them if no run before has."""
     config, tokenizer = start.config, start.tokenizer
     if start.results and config.init_from:  # finished: its checkpoints have the parent's tokenizer
-        tokenizer = str(checkpoint.newest_good(config.run_dir))
+        own = checkpoint.newest_good(config.run_dir)
+        tokenizer = str(own or checkpoint.find_checkpoint(config.init_from, config.init_step))
     with files.os_errors_as_value_errors(config.run_dir):
         return prepare(config, tokenizer=tokenizer)
 

@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ import yaml
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 from lmlib.run.lock import lock_holder
-from lmlib.run.start import find_start
+from lmlib.run.start import finished_results, merge_recorded
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
         while waiting or running:
             if waiting and shares:
                 config = waiting.popleft()
-                started = _start(config, shares[0])
+                with _ctrl_c_deferred():  # a process that is not in `running` would train on
+                    started = _start(config, shares[0])
+                    if isinstance(started, subprocess.Popen):
+                        running[started] = config, shares.popleft()
                 if isinstance(started, Outcome):
                     yield started
-                else:
-                    running[started] = config, shares.popleft()
                 continue
             time.sleep(0.05)
             for process in [process for process in running if process.poll() is not None]:
@@ -58,14 +61,31 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
             process.wait()
 
 
+@contextmanager
+def _ctrl_c_deferred() -> Iterator[None]:
+    """Raise what Ctrl-C or SIGTERM raises at the end of the block, not inside it."""
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        signals = ()
+    before = {number: signal.signal(number, lambda *given: caught.append(given))
+              for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, _ in caught[:1]:
+        signal.raise_signal(number)
+
+
 def _start(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | Outcome:
     """Start a run's process, unless the run is finished, already running or cannot be started."""
     try:
+        if finished_results(merge_recorded(config)):
+            return Outcome(config, "finished before", "")
         if holder := lock_holder(config.run_dir):
             return Outcome(config, "failed", f"process {holder} is training it; start the sweep "
                                              "again when that has ended")
-        if find_start(config).results:
-            return Outcome(config, "finished before", "")
         config.run_dir.mkdir(parents=True, exist_ok=True)
         recipe = config.run_dir / "sweep.yaml"
         recipe.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")

@@ -210,7 +210,7 @@ def test_only_parquet_and_hugging_face_need_the_package_datasets(smoke, tmp_path
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     for corpus in (str(tmp_path / "c.parquet"), "owner/name"):
         with pytest.raises(
-            ValueError, match=r"needs the package datasets: pip install 'lmlib\[notebook\]'"
+            ValueError, match=r"needs the package datasets: pip install -e '\.\[notebook\]'"
         ):
             list(documents(corpus, smoke()))
 
