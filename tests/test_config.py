@@ -61,7 +61,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
         ({"corpus": "a\nb"}, "write text on one line"),
     ],
 )
-def test_contradictions_are_sentences(parameters, sentence):
+def test_contradictions_are_named(parameters, sentence):
     with pytest.raises(ValueError, match=None) as caught:
         RunConfig(**parameters)
     assert sentence in str(caught.value)
@@ -75,11 +75,11 @@ def test_parameters_that_the_attention_does_not_use_are_ignored():
 
 
 @pytest.mark.parametrize("name", hostile.PARAMETER_FILES)
-def test_hostile_parameter_files_are_refused_and_run_nothing(tmp_path, name):
+def test_hostile_parameter_files_are_refused_and_run_no_code(tmp_path, name):
     assert hostile.refused(name, tmp_path)
 
 
-def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
+def test_errors_in_a_parameter_file_name_the_file(tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("seed: 1\nseed: 2")
     with pytest.raises(ValueError, match="p.yaml is not valid YAML: given twice: seed"):
@@ -95,13 +95,13 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
     "text",
     ["\x1b[31mred\x1b[0m", "\x07\r\x08", "\x9b31m", "\u202eexe.\u2066x", "\ud800", "a\u2028b"],
 )
-def test_what_would_act_on_a_terminal_is_shown_as_its_number(text):
+def test_control_characters_are_shown_as_numbers(text):
     assert printable(text).isprintable()
     for plain in ("plain\ntext\twith ünï🐎", "👩\u200d🚀 \xa0 שלום"):
         assert printable(plain) == plain
 
 
-def test_a_missing_recipe_lists_those_there_are():
+def test_a_missing_recipe_lists_the_recipes():
     with pytest.raises(ValueError, match="params/exp9.yaml"):
         RunConfig.load("params/nothing.yaml")
 
@@ -151,7 +151,7 @@ def test_a_notebook_takes_injected_over_edited_over_recipe_over_default():
     )
 
 
-def test_an_injected_name_that_no_parameter_has_is_refused():
+def test_an_unknown_injected_name_is_refused():
     cells = {
         "In": ["", 'recipe = None\nrun_name = "x"', "# Parameters\ntotal_stepz = 5"],
         "recipe": None,
@@ -169,5 +169,5 @@ def test_importing_lmlib_costs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, lmlib; lmlib.RunConfig; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = "import sys, lmlib; lmlib.RunConfig; lmlib.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)

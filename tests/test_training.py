@@ -18,7 +18,7 @@ from lmlib import checkpoint, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
 from lmlib.run.lock import hold_lock
-from lmlib.run.start import build_model, find_start, greeting
+from lmlib.run.start import build_model, find_start, greeting, open_store
 
 
 def test_records_come_in_order_and_equal_the_lines_of_metrics_jsonl(smoke):
@@ -507,6 +507,15 @@ assert [r.kind for r in lmlib.train(run)][-1] == "done"
 print(lmlib.generate(*lmlib.load(run.run_dir), ["To be"], max_new_tokens=3))
 """
     subprocess.run([sys.executable, "-c", code, trained.output_dir], check=True, cwd=PROJECT_ROOT)
+
+
+def test_finished_run_without_checkpoints_still_opens_its_text(smoke, trained):
+    """Its tokenizer is then its parent's."""
+    config = smoke(init_from=str(trained.run_dir), init_step=10, total_steps=2)
+    list(lmlib.train(config))
+    shutil.rmtree(config.run_dir / "checkpoints")
+    store = open_store(find_start(config))
+    assert store.tokenizer.get_vocab() == lmlib.load(trained.run_dir)[1].get_vocab()
 
 
 @pytest.mark.cuda

@@ -49,7 +49,7 @@ def test_greedy_ids_are_those_of_stock_generate(loaded, trained):
         (9, 0.8, 0.2),
     ],
 )
-def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p, min_p):
+def test_filtered_probabilities_equal_those_of_transformers(top_k, top_p, min_p):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 3
     scores = logits / 0.7
     warpers = [TopKLogitsWarper(top_k)] if top_k else []
@@ -65,14 +65,14 @@ def test_choices_are_left_and_weighted_as_transformers_does(top_k, top_p, min_p)
     assert torch.allclose(counts / draws, expected, atol=2 / draws)
 
 
-def test_tokens_as_likely_as_the_last_of_top_k_stay():
+def test_top_k_keeps_tokens_tied_with_the_last():
     """As in transformers, which compares with the k-th score."""
     logits = torch.tensor([[1.0, 0.0, 1.0, 1.0, -1.0]])
     picked = {int(sample_token(logits, chance, 1.0, 2, None)) for chance in (0.1, 0.5, 0.9)}
     assert picked == {0, 2, 3}
 
 
-def test_the_repetition_penalty_is_transformers():
+def test_repetition_penalty_equals_transformers():
     logits, ids = (
         torch.randn(2, 40, generator=torch.Generator().manual_seed(1)),
         torch.tensor([[1, 2, 2], [5, 6, 7]]),
@@ -83,9 +83,7 @@ def test_the_repetition_penalty_is_transformers():
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
-def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_alone(
-    loaded, trained, penalty
-):
+def test_padded_prompts_are_continued_as_stock_generate_does_each_alone(loaded, trained, penalty):
     model, tokenizer = loaded
     stock = AutoModelForCausalLM.from_pretrained(
         trained.run_dir / "checkpoints" / "checkpoint_step_20"
@@ -129,7 +127,7 @@ def test_prompts_of_different_lengths_are_continued_as_stock_generate_does_each_
         *[{"feed_forward": "moe"}, {"feed_forward": "moe", "attention": "mha"}],
     ],
 )
-def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
+def test_decoding_from_the_cache_equals_the_full_forward_pass(smoke, shape):
     """In float64: rows of different lengths, tokens one by one and in pieces."""
     model = lmlib.LanguageModel(smoke(**shape)).double().eval()
     close = (
@@ -158,14 +156,14 @@ def test_reading_from_the_cache_is_reading_everything_anew(smoke, shape):
         assert torch.allclose(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=close)
 
 
-def test_the_cache_holds_the_latent_numbers_alone(loaded):
+def test_the_cache_holds_only_latents(loaded):
     model = loaded[0]
     _, cache = prefill(model, [[1, 2, 3]])
     c = model.config
     assert cache.memory.shape[-1] == c.kv_lora_rank + c.qk_rope_head_dim
 
 
-def test_a_stop_string_ends_the_text_behind_it(loaded):
+def test_a_stop_string_ends_the_text_after_it(loaded):
     free = lmlib.generate(*loaded, "To be", max_new_tokens=40, seed=5, ignore_eos=True)[0]
     stop = free[10:13]
     text = lmlib.generate(
@@ -182,7 +180,7 @@ def test_a_stop_string_ends_the_text_behind_it(loaded):
     )
 
 
-def test_past_the_window_a_text_slides_or_stops(loaded):
+def test_past_the_context_window_generation_slides_or_stops(loaded):
     model, tokenizer = loaded
     ids, window = torch.tensor([[5, 6, 7], [8, 9, 10]]), model.config.sequence_length
     stopped = lmlib.generate(
@@ -194,7 +192,7 @@ def test_past_the_window_a_text_slides_or_stops(loaded):
     assert lmlib.generate(model, None, full, 5, ignore_eos=True, past_window="stop").shape == (1, 0)
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_company(loaded):
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(loaded):
     together = lmlib.generate(*loaded, ["To be", "Once upon", ""], max_new_tokens=20, seed=3)
     alone = [
         lmlib.generate(*loaded, [prompt], max_new_tokens=20, seed=3)[0]
@@ -248,7 +246,7 @@ def test_a_text_ends_at_the_end_of_text_token(loaded):
     assert lmlib.generate(model, Other, ids, **settings)[0].tolist() == free[: end + 1]
 
 
-def test_text_goes_on_beyond_the_window(loaded):
+def test_generation_continues_beyond_the_context_window(loaded):
     model, tokenizer = loaded
     window = model.config.sequence_length
     ids = lmlib.generate(
@@ -280,6 +278,7 @@ def test_the_model_stays_in_its_mode(loaded):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"seed": -5}, "seed is -5"),
+        ({"seed": 10**400}, "seed is 1000"),
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"stop_strings": [""]}, "none of them empty"),

@@ -41,6 +41,20 @@ def test_looking_at_a_lock_never_refuses_its_next_holder(tmp_path):
             watcher.kill()
 
 
+def test_two_processes_that_look_do_not_see_each_other_as_the_holder(tmp_path):
+    look = "import sys; from pathlib import Path; from lmlib.run.lock import lock_holder\n"
+    look += "print(flush=True)\nwhile True: lock_holder(Path(sys.argv[1]))"
+    with hold_lock(tmp_path / "run"):
+        pass
+    command = [sys.executable, "-c", look, tmp_path / "run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+        try:
+            watcher.stdout.readline()
+            assert {lock_holder(tmp_path / "run") for _ in range(100)} == {None}
+        finally:
+            watcher.kill()
+
+
 def test_core_imports_where_fcntl_is_missing():
     """As on Windows."""
     code = "import sys; sys.modules['fcntl'] = None\n"

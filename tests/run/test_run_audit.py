@@ -27,7 +27,7 @@ def results(config):
 
 @pytest.fixture(scope="module")
 def leaky(outputs):
-    """Runs with one fault of the seed each, which were allowed to."""
+    """Runs with one fault of the original protocol each, trained with allow_leaks."""
     made = {}
     for name, fault in {
         "maskless": {"causal_mask": False},
@@ -80,7 +80,7 @@ def test_a_run_that_leaks_is_refused_and_leaves_nothing(smoke, fault, check, att
     assert not config.run_dir.exists()
 
 
-def test_a_fault_in_the_code_is_found_behind_layers_that_begin_as_nothing(smoke, monkeypatch):
+def test_a_fault_is_found_behind_layers_that_are_initialized_to_zero(smoke, monkeypatch):
     """The attention's output matrix starts at zero, so the untrained model's logits show no leak at all."""
     honest = LatentAttention.forward
 
@@ -104,7 +104,7 @@ def test_short_overlapping_windows_and_a_leaky_parent_are_refused_too(smoke, lea
     assert results(child)[LEAKY] == "init_from"
 
 
-def test_a_run_that_was_never_audited_is_audited_when_it_goes_on(smoke):
+def test_a_run_that_was_never_audited_is_audited_when_it_resumes(smoke):
     config = smoke(causal_mask=False, allow_leaks=True, total_steps=2)
     list(lmlib.train(config))
     environment = json.loads((config.run_dir / "environment.json").read_text())
@@ -120,7 +120,7 @@ def test_a_range_test_refuses_what_leaks(smoke):
         find_learning_rate(smoke(causal_mask=False), steps=3)
 
 
-def test_text_that_both_sides_share_is_said_and_does_not_stop_a_run(smoke, tmp_path):
+def test_text_in_both_splits_is_reported_and_does_not_stop_a_run(smoke, tmp_path):
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps({"text": f"{n} " + "so say we all, " * 60}) + "\n" for n in range(40))
     )
@@ -201,7 +201,7 @@ def test_what_was_measured_of_overlapping_windows_is_not_called_held_out(leaky):
     )
 
 
-def test_a_leaky_model_is_loaded_as_it_was_trained_and_goes_on(leaky):
+def test_a_leaky_model_is_loaded_as_it_was_trained_and_resumes(leaky):
     model, _ = lmlib.load(leaky["maskless"].run_dir)
     assert model.config.causal_mask is False
     ids = torch.arange(20)[None]
@@ -241,7 +241,7 @@ def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
     assert dict(table["verdict"]) == {"trained": "best", "twin (LEAKY)": "leaks"}
 
 
-def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
+def test_overlapping_windows_are_split_without_repetition(leaky):
     store = open_store(find_start(leaky["overlapping"]))
     total = len(store.train) - store.config.sequence_length
     held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
@@ -255,7 +255,7 @@ def test_windows_of_one_text_are_divided_and_never_drawn_twice(leaky):
 # Afterwards
 
 
-def test_a_run_is_audited_whole_in_the_terminal_and_on_a_page(trained, capsys, tmp_path):
+def test_a_run_is_audited_in_the_terminal_and_on_a_page(trained, capsys, tmp_path):
     page = tmp_path / "audit.html"
     assert main(["audit", str(trained.run_dir), "--page", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -337,7 +337,7 @@ def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path
         (["{run}/checkpoints/checkpoint_step_5", "--step", "5"], "step=5 does not apply"),
     ],
 )
-def test_what_cannot_be_audited_ends_in_a_sentence(given, message, trained, capsys, monkeypatch):
+def test_what_cannot_be_audited_is_a_clear_error(given, message, trained, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["audit", *(word.format(run=trained.run_dir) for word in given)]) == 1
     assert message in capsys.readouterr().err
@@ -374,7 +374,7 @@ def test_patterns_of_pairs_are_named(leaks, words):
     assert pattern(matrix(50, leaks)) == words
 
 
-def test_a_card_quotes_what_a_corpus_is_called(smoke):
+def test_a_model_card_quotes_the_name_of_the_corpus(smoke):
     card = huggingface.model_card(smoke(corpus="a`b"), 3, 1.5, 2, "split")
     assert (
         "`a'b`" in card

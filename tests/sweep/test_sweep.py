@@ -198,3 +198,14 @@ def test_the_recipes_of_experiment_8_differ_as_they_should():
         "attention_moe_8e_2k_512d": [55_057_088, 36_256_448],
         "attention_moe_16e_2k_512d": [80_136_896, 36_268_736],
     }
+
+
+def test_ctrl_c_while_a_run_is_started_is_raised_after_it_is_known():
+    """Else the process, which has a session of its own, would train on unseen."""
+    from lmlib.sweep.launch import _ctrl_c_deferred
+
+    started = []
+    with pytest.raises(KeyboardInterrupt), _ctrl_c_deferred():
+        signal.raise_signal(signal.SIGINT)
+        started.append("known")
+    assert started == ["known"]
