@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -24,35 +25,32 @@ def test_lock_names_its_holder_and_is_free_afterwards(tmp_path):
         pass
 
 
-def test_looking_at_a_lock_never_refuses_its_next_holder(tmp_path):
-    """`lock_holder` takes the lock for an instant; `hold_lock` waits that long."""
+@contextmanager
+def looking(run_dir):
+    """Another process that looks at the lock without pause."""
     look = "import sys; from pathlib import Path; from lmlib.run.lock import lock_holder\n"
     look += "print(flush=True)\nwhile True: lock_holder(Path(sys.argv[1]))"
-    with hold_lock(tmp_path / "run"):
+    with hold_lock(run_dir):  # so that there is a lock file
         pass
-    command = [sys.executable, "-c", look, tmp_path / "run"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+    with subprocess.Popen([sys.executable, "-c", look, run_dir], stdout=subprocess.PIPE) as watcher:
         try:
             watcher.stdout.readline()
-            for _ in range(50):
-                with hold_lock(tmp_path / "run"):
-                    pass
+            yield
         finally:
             watcher.kill()
+
+
+def test_looking_at_a_lock_never_refuses_its_next_holder(tmp_path):
+    """`lock_holder` takes the lock for an instant; `hold_lock` waits that long."""
+    with looking(tmp_path / "run"):
+        for _ in range(50):
+            with hold_lock(tmp_path / "run"):
+                pass
 
 
 def test_two_processes_that_look_do_not_see_each_other_as_the_holder(tmp_path):
-    look = "import sys; from pathlib import Path; from lmlib.run.lock import lock_holder\n"
-    look += "print(flush=True)\nwhile True: lock_holder(Path(sys.argv[1]))"
-    with hold_lock(tmp_path / "run"):
-        pass
-    command = [sys.executable, "-c", look, tmp_path / "run"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
-        try:
-            watcher.stdout.readline()
-            assert {lock_holder(tmp_path / "run") for _ in range(100)} == {None}
-        finally:
-            watcher.kill()
+    with looking(tmp_path / "run"):
+        assert {lock_holder(tmp_path / "run") for _ in range(100)} == {None}
 
 
 def test_core_imports_where_fcntl_is_missing():
