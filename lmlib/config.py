@@ -25,7 +25,12 @@ MOE_ONLY = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 MLP_ONLY = ("intermediate_size",)
 
 # What may differ when a run resumes. A change of anything else would make it another run.
-MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "device", "output_dir"}
+MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+              "max_hours", "score_test", "micro_batch_size", "device", "output_dir", "run_name"}
+# Names of text and weights, which may lie elsewhere on another machine. Their content must match.
+PATHS = {"corpus", "validation_corpus", "tokenizer", "init_from"}
+# What a run of a version without these parameters did.
+ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None}
 
 
 @dataclass(frozen=True, init=False)
@@ -49,7 +54,9 @@ class RunConfig:
     corpus_split: str = "train"       # split of a Hugging Face dataset
     text_column: str = "text"         # column with the text (.jsonl, .parquet, Hugging Face)
     validation_corpus: str | None = None  # validation text from elsewhere; None: split the corpus
-    validation_fraction: float = 0.1  # fraction of documents held out, by a hash of each document
+    validation_fraction: float = 0.15  # fraction of documents for validation, by a hash of each
+    test_fraction: float = 0.15       # fraction for the test score after the last step; 0: none
+    score_test: bool = True           # False in sweeps: a score that chooses is not reported
     validation_windows: int = 128     # windows in every evaluation, always the same ones
     split: Literal["documents", "windows"] = "documents"  # or "windows", which overlap: a leak
     tokenizer: str = "train"          # "train": byte-level BPE; or a folder or Hugging Face id
@@ -80,7 +87,7 @@ class RunConfig:
 
     # Initialization
     init_from: str | None = None      # a run, checkpoint or Hugging Face folder to start from
-    init_step: int | None = None      # which checkpoint of that run; None: the newest
+    init_step: int | Literal["best"] | None = None  # its checkpoint; "best"; None: the newest
     init_state: Literal["weights", "full"] = "weights"  # full: its step and optimizer state too
 
     # Training
@@ -96,7 +103,9 @@ class RunConfig:
     dropout: float = 0.0              # on the embeddings and on each residual branch
     eval_every: int = 50              # steps between evaluations
     checkpoint_every: int = 100       # steps between checkpoints
+    keep_checkpoints: int | None = None  # newest to keep, besides the best; None: all
     log_every: int = 10               # steps between log lines
+    max_hours: float | None = None    # save and stop before so many hours have passed
     on_nonfinite: Literal["stop", "skip"] = "stop"  # or "skip" an update that is inf or NaN
     allow_leaks: bool = False         # train even if the audit finds a leak, and mark all results
     # fmt: on
@@ -111,11 +120,15 @@ class RunConfig:
         mistakes = mistakes or _contradictions(self)  # these need every type to be right
         if mistakes:
             raise ValueError("\n  - ".join(("Invalid parameters:", *sorted(mistakes))))
+        # Resolved once: what a relative path means changes with the folders that exist.
+        object.__setattr__(self, "_outputs", resolve_path(self.output_dir).absolute())
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> "RunConfig":
         """Read a recipe (YAML or config.json), with overrides; ValueError if it is invalid."""
-        return cls(**{**(read_parameters(path) if path else {}), **overrides})
+        whole = path is not None and Path(path).name == "config.json"  # of a run
+        return cls(**{**(ABSENT if whole else {}), **(read_parameters(path) if path else {}),
+                      **overrides})
 
     @classmethod
     def recorded(cls, run_dir: Path) -> "RunConfig | None":
@@ -123,13 +136,18 @@ class RunConfig:
         try:
             recorded = read_json(run_dir / "config.json")
             recorded = {name: value for name, value in recorded.items() if name != LEAKY}
-            return cls(**recorded) if recorded else None
+            return cls(**{**ABSENT, **recorded}) if recorded else None
         except (ValueError, TypeError, AttributeError):
             return None
 
     @property
     def run_dir(self) -> Path:
-        return resolve_path(self.output_dir) / self.run_name
+        return self._outputs / self.run_name
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the corpus has a test split: overlapping windows cannot have one."""
+        return self.test_fraction > 0 and self.split == "documents"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,13 +159,17 @@ class RunConfig:
 
     def fixed_parameters(self) -> dict[str, Any]:
         """Return what a run keeps for its whole life: all that it uses and that may not change."""
-        ignored = MAY_CHANGE | unused_parameters(self.attention, self.feed_forward)
+        ignored = MAY_CHANGE | PATHS | unused_parameters(self.attention, self.feed_forward)
         return {name: value for name, value in self.to_dict().items() if name not in ignored}
 
     def key(self) -> str:
-        """Hash the fixed parameters that differ from their defaults: the run's identity."""
-        defaults = RunConfig().to_dict()
-        own = {n: value for n, value in self.fixed_parameters().items() if value != defaults[n]}
+        """Hash the fixed parameters: the run's identity, wherever its files lie.
+
+        A parameter that a later version adds is left out where it says what was done before, so
+        that the key of a run stays what it was.
+        """
+        own = {name: value for name, value in self.fixed_parameters().items()
+               if name not in ABSENT or value != ABSENT[name]}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,15 +195,20 @@ def _contradictions(c: RunConfig) -> list[str]:
     limit("validation_windows vocab_size sequence_length max_tokens hidden_size num_hidden_layers "
           "num_attention_heads intermediate_size moe_intermediate_size q_lora_rank kv_lora_rank "
           "qk_rope_head_dim v_head_dim total_steps batch_size micro_batch_size eval_every "
-          "checkpoint_every log_every", lambda n: n >= 1, "1 or more")
-    limit("learning_rate muon_learning_rate rope_theta", lambda n: n > 0, "above 0")
+          "checkpoint_every keep_checkpoints log_every", lambda n: n >= 1, "1 or more")
+    limit("learning_rate muon_learning_rate rope_theta max_hours", lambda n: n > 0, "above 0")
     limit("weight_decay grad_clip seed qk_nope_head_dim", lambda n: n >= 0, "0 or more")
     limit("seed", lambda n: n < 2**63, "below 2**63")
     limit("dropout warmup_ratio", lambda n: 0 <= n < 1, "at least 0 and below 1")
     limit("qk_rope_head_dim", lambda n: n % 2 == 0, "even, since rotary positions rotate pairs")
-    need(c.validation_corpus is not None or 0 < c.validation_fraction < 1,
+    limit("test_fraction", lambda n: 0 <= n < 1, "at least 0 (no test split) and below 1")
+    need(0 < c.validation_fraction < 1 or (c.validation_corpus is not None and not c.has_test),
          f"validation_fraction is {c.validation_fraction}; it must lie between 0 and 1, "
-         "or name a validation_corpus")
+         "or name a validation_corpus and set test_fraction to 0")
+    need(c.validation_fraction + c.test_fraction < 1 or c.validation_corpus is not None
+         or not c.has_test,
+         f"validation_fraction {c.validation_fraction} and test_fraction {c.test_fraction} leave "
+         "no training text; their sum must be below 1")
     need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", c.run_name) is not None,
          f"run_name is {c.run_name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
     need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device) is not None,

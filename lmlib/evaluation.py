@@ -1,11 +1,16 @@
 """Score a model on windows of text. Shapes: B batch, T positions, W windows, V vocab_size."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmlib.data.tokens import EvaluationText
+from lmlib.intervals import clustered_mean
 from lmlib.model.transformer import LanguageModel
 
 
@@ -41,26 +46,67 @@ def score_windows(model: LanguageModel, windows: Tensor, batch_size: int,
     return torch.cat(losses), torch.cat(correct)
 
 
-def summarize(losses: Tensor, correct: Tensor, targets: Tensor,
-              token_bytes: Tensor) -> dict[str, float | None]:
-    """Summarize the scores of windows, all (W, T), for the records and results.json.
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model on the windows of a text."""
+    text: EvaluationText
+    losses: Tensor  # (W, T) nats, float64
+    correct: Tensor  # (W, T) bool
+    bytes: Tensor  # (W, T) of UTF-8 in each target, 0 for separators
 
-    `losses` are in nats. `token_bytes` (V,) holds the UTF-8 bytes of each token, 0 for separators.
-    """
-    of_window, total_bytes = losses.mean(1), max(1, int(token_bytes[targets].sum()))
-    loss, count = float(of_window.mean()), len(of_window)
-    return {
-        "val_loss": loss,  # mean nats per token
-        "val_loss_stderr": float(of_window.std() / count**0.5) if count > 1 else None,  # of windows
-        "val_accuracy": float(correct.double().mean()),  # top-1, all positions
-        "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "val_bits_per_byte": loss * targets.numel() / math.log(2) / total_bytes}
+    def by_document(self) -> dict[str, list]:
+        """Sum the scores of each document in each window: a column per quantity."""
+        W, D = len(self.losses), len(self.text.units)
+        window_and_document = self.text.documents + torch.arange(W)[:, None] * D  # (W, T)
+        pairs, places = window_and_document.unique(return_inverse=True)  # (P,), (W, T)
+
+        def total(values: Tensor) -> np.ndarray:
+            return np.bincount(places.flatten(), values.flatten().double(), len(pairs))
+
+        counts = {"hits": self.correct, "tokens": torch.ones_like(self.correct),
+                  "bytes": self.bytes}
+        return {"window": (pairs // D).tolist(), "document": (pairs % D).tolist(),
+                "nats": total(self.losses).tolist(),
+                **{name: total(values).astype(int).tolist() for name, values in counts.items()}}
+
+    def to_json(self, step: int) -> dict[str, Any]:
+        """Return the content of an evaluation's file: what comparing two models needs."""
+        text, columns = self.text, self.by_document()
+        units = [text.units[document] for document in columns["document"]]
+        clusters = list(dict.fromkeys(units))
+        places = {unit: place for place, unit in enumerate(clusters)}
+        W, T = self.losses.shape
+        return {"split": text.split, "step": step, "unit": text.unit, "data": text.data,
+                "sequence_length": T, "windows": W, "clusters": clusters,
+                "cluster": [places[unit] for unit in units], **columns}
+
+    def summary(self, name: str = "val") -> dict[str, Any]:
+        """Summarize for the records and results.json: `<name>_loss` and so on.
+
+        The loss is the mean in nats per token. Its standard error is clustered: tokens of one
+        document are alike, so the number of documents counts, not that of tokens or windows.
+        """
+        columns, clusters = self.by_document(), {}
+        for document, nats, tokens in zip(columns["document"], columns["nats"], columns["tokens"],
+                                          strict=True):
+            sums = clusters.setdefault(self.text.units[document], [0.0, 0])
+            sums[0], sums[1] = sums[0] + nats, sums[1] + tokens
+        loss = clustered_mean(clusters.values())
+        total_bytes = max(1, int(self.bytes.sum()))
+        return {
+            f"{name}_loss": loss.mean,
+            f"{name}_loss_stderr": loss.stderr,  # None: a single document
+            f"{name}_documents": loss.clusters,
+            f"{name}_accuracy": float(self.correct.double().mean()),  # top-1, all positions
+            f"{name}_perplexity": math.exp(loss.mean) if loss.mean < 700 else math.inf,
+            f"{name}_bits_per_byte": sum(columns["nats"]) / math.log(2) / total_bytes}
 
 
-def evaluate(model: LanguageModel, windows: Tensor, token_bytes: Tensor, batch_size: int,
-             dtype: torch.dtype = torch.float32) -> dict[str, float | None]:
-    """Score a model on windows (W, T + 1): `score_windows`, then `summarize`."""
-    return summarize(*score_windows(model, windows, batch_size, dtype), windows[:, 1:], token_bytes)
+def evaluate(model: LanguageModel, text: EvaluationText, token_bytes: Tensor, batch_size: int,
+             dtype: torch.dtype = torch.float32) -> Scores:
+    """Score a model on an evaluation text; `token_bytes` (V,) has the UTF-8 bytes of each token."""
+    losses, correct = score_windows(model, text.windows, batch_size, dtype)
+    return Scores(text, losses, correct, token_bytes[text.windows[:, 1:]])
 
 
 def scores_by_position(losses: Tensor, correct: Tensor) -> dict[str, list[float]]:

@@ -30,15 +30,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a draft to write, flush it to disk and rename it to `path`: all of it or nothing."""
     draft = path.with_name(f".{path.name}.draft")
     yield draft
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
+    flush(draft)
     draft.replace(path)
 
 
-def write_json(path: Path, content: Any):
+def write_json(path: Path, content: Any, indent: int | None = 1):
     """Write a JSON file atomically."""
     with atomic_write(path) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        draft.write_text(json.dumps(content, indent=indent) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -63,6 +62,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path):
+    """Flush a file to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path):

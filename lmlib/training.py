@@ -5,6 +5,8 @@ it needs derives from (seed, N), so a resumed run repeats the uninterrupted one 
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from lmlib import checkpoint, evaluation, optim
 from lmlib.config import RunConfig
+from lmlib.data.tokens import EvaluationText
+from lmlib.data.verify import data_hash
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import complete, generate_ids
@@ -23,9 +27,10 @@ from lmlib.model.huggingface import model_tensors
 from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.deadline import Deadline
 from lmlib.run.device import numerics
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
-from lmlib.run.prepare import Run, prepare, record_start
+from lmlib.run.prepare import ARITHMETIC_VERSION, Run, prepare, record_start
 from lmlib.run.records import Record, measured_on, model_name
 from lmlib.run.start import Start, find_start, open_store
 
@@ -47,8 +52,9 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
     `start` is `find_start(config)`, if the caller has it: finding it verifies a checkpoint.
 
     A run resumes from its newest good checkpoint. A finished run yields its last record and changes
-    nothing. Ctrl-C, SIGTERM and a file named `stop` in the run's folder end the step, save, and
-    raise `Stopped`. On CUDA a checkpoint's record comes while its files are being written.
+    nothing. Ctrl-C, SIGTERM, SIGHUP, `max_hours` and a file named `stop` in the run's folder end
+    the step, save, and raise `Stopped`; so does closing the generator, which raises nothing. On
+    CUDA a checkpoint's record comes while its files are being written.
 
     Raises:
         ValueError: parameters, corpus, folder or checkpoint cannot be used; nothing was changed.
@@ -56,6 +62,7 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
         NonFinite: see `on_nonfinite`.
         Stopped: the run was asked to stop, and is saved.
     """
+    began = time.monotonic()
     start = start or find_start(config)
     if start.results:
         yield Record("done", start.step, start.results, {})
@@ -71,17 +78,37 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
             record_start(run)
             with closing(run.metrics):
                 try:
-                    yield from training_steps(run, stop_reason)
+                    yield from _until_closed(run, training_steps(run, stop_reason, began))
                 finally:
                     run.saver.wait()
 
 
-def training_steps(run: Run, stop_reason: Callable[[], str]) -> Iterator[Record]:
-    """Make every update that is left: evaluate, save and stop where due."""
+def _until_closed(run: Run, records: Iterator[Record]) -> Iterator[Record]:
+    """Pass the records on. Where the consumer leaves early, the step is completed and saved."""
+    try:
+        for record in records:  # noqa: UP028 (`yield from` would close them too)
+            yield record
+    except GeneratorExit:
+        run.is_closed = True
+        with suppress(Stopped):
+            deque(records, maxlen=0)  # makes the rest of the step
+        raise
+
+
+def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> Iterator[Record]:
+    """Make every update that is left: evaluate, save and stop where due.
+
+    `began` is the time on the monotonic clock from which `max_hours` counts.
+    """
     config, progress, last = run.config, run.progress, run.config.total_steps
-    if not run.start.resumes:
+    deadline = Deadline(began, config.max_hours, run.checkpoint_bytes)
+    # A resumed run is evaluated here only if total_steps was lowered to its step.
+    if not run.start.resumes or progress.scored < progress.step == last:
         yield from evaluate(run)
+    if run.is_audited:
         yield emit(run, "audit", run.audit)
+    if run.is_closed and progress.step < last:
+        return  # nothing to save yet
     for step in range(progress.step + 1, last + 1):
         lr_factor = optim.schedule(step, last, config.warmup_ratio)
         run.saver.check()  # a failed save stops the run here, not at the next checkpoint
@@ -97,7 +124,7 @@ def training_steps(run: Run, stop_reason: Callable[[], str]) -> Iterator[Record]
                 "val_loss": progress.scores["val_loss"], "val_loss_step": progress.scored})
             save(run, scheduled=True)
             yield record
-        if step < last and (reason := stop_reason()):
+        if step < last and (reason := _why_stop(run, stop_reason, deadline)):
             if not is_due:
                 save(run, scheduled=False)
             run.saver.wait()
@@ -105,6 +132,13 @@ def training_steps(run: Run, stop_reason: Callable[[], str]) -> Iterator[Record]
                           "run the same command to resume.")
     run.saver.wait()
     yield finish(run)
+
+
+def _why_stop(run: Run, stop_reason: Callable[[], str], deadline: Deadline) -> str:
+    """Say why the run should stop after this step, or ""."""
+    is_near = deadline.is_near()  # called every step, since it measures their length
+    asked = "its consumer has left" if run.is_closed else stop_reason()
+    return asked or ("max_hours" if is_near else "")
 
 
 def emit(run: Run, kind: str, values: dict[str, Any], **timing: Any) -> Record:
@@ -228,49 +262,74 @@ def is_spike(loss: float, recent: list[float]) -> bool:
 
 def evaluate(run: Run) -> Iterator[Record]:
     """Score the validation windows and sample from the model."""
-    progress, windows = run.progress, run.windows
-    losses, correct = evaluation.score_windows(run.model, windows, progress.micro_batch_size,
-                                               run.start.dtype)
-    progress.scores = evaluation.summarize(losses, correct, windows[:, 1:], run.token_bytes)
-    progress.scored = progress.step
+    progress = run.progress
+    scores = score(run, run.text)
+    progress.scores, progress.scored = scores.summary(), progress.step
     if not math.isfinite(progress.scores["val_perplexity"]):
         raise NonFinite(f"The validation loss of step {progress.step} is "
                         f"{progress.scores['val_loss']}: the run has diverged.")
     yield emit(run, "eval", {**progress.scores, **run.leak_mark})
-    yield emit(run, "sample", sample(run.model, run.store.tokenizer, windows))
+    yield emit(run, "sample", sample(run.model, run.store.tokenizer, run.text.windows))
     if progress.step == run.config.total_steps:
-        yield emit(run, "profile", evaluation.scores_by_position(losses, correct))
+        yield emit(run, "profile", evaluation.scores_by_position(scores.losses, scores.correct))
+
+
+def score(run: Run, text: EvaluationText) -> evaluation.Scores:
+    """Score the model on a text, and keep what comparing it with other runs needs."""
+    progress = run.progress
+    scores = evaluation.evaluate(run.model, text, run.token_bytes, progress.micro_batch_size,
+                                 run.start.dtype)
+    folder = run.config.run_dir / "evaluations"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{text.split}_step_{progress.step}.json", scores.to_json(progress.step),
+               indent=None)
+    return scores
 
 
 def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, list[str]]:
-    """Continue the beginnings of the first validation windows greedily: always the same prompts."""
+    """Continue the beginnings of validation windows greedily: always the same prompts."""
+    windows = windows[:: max(1, len(windows) // PROMPTS)][:PROMPTS]  # of several documents
     prompt = min(PROMPT_TOKENS, windows.shape[1] // 2)
     settings = Settings(min(SAMPLE_TOKENS, windows.shape[1] - prompt), temperature=0)
-    ids = windows[:PROMPTS, :prompt].tolist()
+    ids = windows[:, :prompt].tolist()
     texts = complete(generate_ids(model, tokenizer, ids, settings))
     return {"prompts": list(map(tokenizer.decode, ids)), "texts": [text.text for text in texts]}
 
 
 def save(run: Run, scheduled: bool):
     """Save a checkpoint of the current step."""
-    progress = run.progress
+    progress, store = run.progress, run.store
+    store.wait_until_verified()
     progress.metrics_size, progress.timing = run.metrics.size(), run.throughput.state()
     run.saver.save(run.config.run_dir, model_tensors(run.model),
                    optim.state_tensors(run.model, run.optimizers), config=run.config,
-                   tokenizer=run.store.tokenizer, state=asdict(progress), scheduled=scheduled,
-                   leaks=run.leaks)
+                   tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.leaks,
+                   state={**asdict(progress), "arithmetic_version": ARITHMETIC_VERSION},
+                   provenance={"data": data_hash(store.info), "lineage": run.lineage.state,
+                               "streams": run.lineage.streams},
+                   lineage=run.lineage.hashes)
+
+
+def score_test(run: Run) -> dict[str, Any]:
+    """Score the test text, which has chosen nothing; {} if the run has none or must not."""
+    config = run.config
+    if not (config.has_test and config.score_test):
+        return {}
+    scores = score(run, run.store.evaluation_text("test")).summary("test")
+    files = (config.run_dir / "evaluations").glob("test_step_*.json")
+    return {**scores, "test_steps": sorted(int(file.stem.split("_")[-1]) for file in files)}
 
 
 def finish(run: Run) -> Record:
-    """Write the last record, the curves and results.json."""
+    """Score the test text; write the last record, the curves and results.json."""
     config, run_dir, count = run.config, run.config.run_dir, parameter_count(run.model)
     results = {
-        **run.progress.scores, "model_name": model_name(config),
+        **run.progress.scores, **score_test(run), "model_name": model_name(config),
         "parameter_count": count, "active_parameter_count": active_parameter_count(run.model),
         "parameters_millions": round(count / 1e6, 3), "total_steps": config.total_steps,
         "checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every,
         "tokens_trained": config.total_steps * config.batch_size * config.sequence_length,
-        "steps_skipped": run.progress.skipped, **run.leak_mark}
+        "steps_skipped": run.progress.skipped, "lineage": run.lineage.state, **run.leak_mark}
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
     done = emit(run, "done", results, **timing)
@@ -278,6 +337,6 @@ def finish(run: Run) -> Record:
         from lmlib.analysis import figures
         figures.save_curves(run_dir)
     write_json(run_dir / "results.json", {
-        **results, **timing, "measured_on": measured_on(config, len(run.windows), run.store.info),
+        **results, **timing, "measured_on": measured_on(config, run.store.info),
         "audit": run.audit})
     return done

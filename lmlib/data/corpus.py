@@ -1,21 +1,30 @@
-"""Corpus -> documents, each assigned to the training or the validation split by its content.
+"""Corpus -> documents, each assigned to training, validation or test by its content.
 
-.txt and .jsonl files are read here, .parquet files and Hugging Face datasets by `datasets`.
+.txt and .jsonl files are read here, .parquet files by pyarrow, Hugging Face datasets by `datasets`.
 """
 
 import hashlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmlib.config import RunConfig
 from lmlib.files import resolve_path
 from lmlib.text import normalize
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+class Document(NamedTuple):
+    """A document and where it belongs."""
+    text: str
+    hash: int  # 64 bits, of its normalized text
+    split: str  # "training", "validation" or "test"
+    file: int | None  # number of the .txt file that it was cut from; None: a whole document
 
 
 def corpus_files(corpus: str) -> list[Path] | None:
@@ -30,38 +39,56 @@ def corpus_files(corpus: str) -> list[Path] | None:
         return sorted(plays, key=lambda path: path.name)
     path, suffixes = resolve_path(corpus), ", ".join(SUFFIXES)
     candidates = path.rglob("*") if path.is_dir() else [path]
-    if files := sorted(f for f in candidates if f.suffix in SUFFIXES and f.is_file()):
+    if files := sorted(f for f in candidates if f.suffix.lower() in SUFFIXES and f.is_file()):
         return files
     if path.is_dir():
         raise ValueError(f"The folder {corpus} holds no {suffixes} file.")
     if path.is_file():
         raise ValueError(f"{corpus} must end in one of {suffixes}; rename or convert the file.")
-    is_path = corpus.startswith((".", "~", "/")) or Path(corpus).suffix in SUFFIXES
+    is_path = corpus.startswith((".", "~", "/")) or Path(corpus).suffix.lower() in SUFFIXES
     if is_path or corpus.count("/") != 1:
         raise ValueError(f"There is no corpus {corpus}. Write 'shakespeare', the path of a file or "
                          f"folder of files ({suffixes}), or a Hugging Face dataset: 'owner/name'.")
     return None
 
 
-def documents(corpus: str, config: RunConfig) -> Iterator[str]:
-    """Stream the documents of a corpus (plays, cut .txt files, rows); ValueError if unusable."""
-    files, column = corpus_files(corpus), config.text_column
+def documents(corpus: str, config: RunConfig) -> Iterator[tuple[str, int | None]]:
+    """Stream the documents of a corpus that have text: plays, rows, pieces of .txt files.
+
+    Beside each piece of a .txt file stands the file's number, beside all others None. Raises a
+    ValueError if the corpus is unusable, and warns of a file that has no documents.
+    """
+    files = corpus_files(corpus)
     if files is None:
         source = (f"The Hugging Face dataset {corpus} (configuration {config.corpus_config}, "
                   f"split {config.corpus_split})")
-        rows = _dataset_rows(source, corpus, config.corpus_config, split=config.corpus_split)
-        yield from _column(rows, column, source)
-    for file in files or []:
-        if corpus == "shakespeare":
-            # Markdown ends a line of verse with two spaces and escapes brackets.
-            lines = file.read_text("utf-8").replace("\\", "").splitlines()
-            yield "\n".join(line.rstrip() for line in lines) + "\n"
-        elif file.suffix == ".txt":
-            yield from cut(line.removesuffix("\n") for line in _lines(file, "utf-8"))
-        elif file.stat().st_size > 0:  # an empty file is not even a .parquet without rows
-            rows = _json_rows(file) if file.suffix == ".jsonl" else _dataset_rows(
-                str(file), "parquet", data_files=[str(file)], split="train")
-            yield from _column(rows, column, str(file))
+        rows = _dataset_rows(source, corpus, config)
+        yield from ((text, None) for text in _column(rows, config.text_column, source)
+                    if text.strip())
+    empty = []
+    for number, file in enumerate(files or []):
+        is_cut, count = corpus != "shakespeare" and file.suffix.lower() == ".txt", 0
+        for text in _file_documents(file, corpus, config.text_column):
+            if text.strip():
+                count += 1
+                yield text, number if is_cut else None
+        empty += [] if count else [file.name]
+    if 0 < len(empty) < len(files or []):  # where all are, the corpus is an error
+        warnings.warn(f"{len(empty)} of the {len(files)} files of {corpus} have no documents: "
+                      f"{', '.join(empty[:10])}.", stacklevel=2)
+
+
+def _file_documents(file: Path, corpus: str, column: str) -> Iterator[str]:
+    suffix = file.suffix.lower()
+    if corpus == "shakespeare":
+        # Markdown ends a line of verse with two spaces and escapes brackets.
+        lines = file.read_text("utf-8").replace("\\", "").splitlines()
+        yield "\n".join(line.rstrip() for line in lines) + "\n"
+    elif suffix == ".txt":
+        yield from cut(line.removesuffix("\n") for line in _lines(file, "utf-8"))
+    elif file.stat().st_size > 0:  # an empty file is not even a .parquet without rows
+        rows = _json_rows(file) if suffix == ".jsonl" else _parquet_rows(file, column)
+        yield from _column(rows, column, str(file))
 
 
 def _lines(file: Path, encoding: str) -> Iterator[str]:
@@ -100,16 +127,33 @@ def _parse(text: str, place: str) -> Any:
         raise ValueError(f"{place} is not valid JSON.") from None
 
 
-def _dataset_rows(source: str, *name: str | None, **options: Any) -> Iterator[dict[str, Any]]:
-    """Stream the rows that `datasets.load_dataset` finds."""
+def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError("Reading .parquet files needs the package pyarrow: "
+                         "pip install -e '.[notebook]'.") from None
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            for batch in table.iter_batches(columns=[column] if column in names else names):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a Hugging Face dataset."""
     try:
         import datasets
     except ImportError:
-        raise ValueError("Reading .parquet files (or Hugging Face datasets) needs the package "
-                         "datasets: pip install -e '.[notebook]'.") from None
+        raise ValueError("Reading Hugging Face datasets needs the package datasets: "
+                         "pip install -e '.[notebook]'.") from None
     from huggingface_hub import errors
     try:
-        yield from datasets.load_dataset(*name, streaming=True, **options)
+        yield from datasets.load_dataset(name, config.corpus_config, split=config.corpus_split,
+                                         streaming=True)
     # Most errors of the Hub are OSErrors. Those of a broken connection come from its HTTP library,
     # which huggingface_hub has changed more than once, so its class is taken from there.
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HTTPError) as error:
@@ -132,43 +176,55 @@ def _column(rows: Iterator[dict[str, Any]], column: str, source: str) -> Iterato
 
 
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
-    """Cut lines into documents of about `size` characters, preferably at blank lines."""
+    """Cut lines into documents of about `size` characters, preferably at blank lines.
+
+    The documents joined are the lines joined, but for blank lines at the beginning.
+    """
     document, length = [], 0
-    for line in chain.from_iterable(_split_line(line, size) for line in lines):
-        if (length >= size and not line.strip()) or length >= 2 * size:
-            yield "\n".join(document) + "\n"
+    for piece in chain.from_iterable(_pieces(line, size) for line in lines):
+        if (length >= size and not piece.strip()) or length >= 2 * size:
+            yield "".join(document)
             document, length = [], 0
-        if document or line.strip():
-            document.append(line)
-            length += len(line) + 1
+        if document or piece.strip():
+            document.append(piece)
+            length += len(piece)
     if document:
-        yield "\n".join(document) + "\n"
+        yield "".join(document)
 
 
-def _split_line(line: str, size: int) -> Iterator[str]:
-    """Split a line longer than twice `size` at spaces."""
-    while len(line) > 2 * size:
-        end = line.rfind(" ", 1, size) + 1 or size
-        yield line[:end]
-        line = line[end:]
-    yield line
+def _pieces(line: str, size: int) -> Iterator[str]:
+    """Yield a line with its end; one longer than twice `size` in pieces that end at spaces."""
+    start = 0
+    while len(line) - start > 2 * size:
+        end = line.rfind(" ", start + 1, start + size) + 1 or start + size
+        yield line[start:end]
+        start = end
+    yield line[start:] + "\n"
 
 
-def is_held_out(document: str, fraction: float) -> bool:
-    """Return whether a document is held out from training, by a hash of its normalized text."""
-    # Normalized, so that copies that differ in case or spacing land in the same split.
+def content_hash(document: str) -> int:
+    """Hash a document's normalized text to 64 bits: copies in other case or spacing are equal."""
     digest = hashlib.sha256(normalize(document).encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2**64
+    return int.from_bytes(digest[:8])
 
 
-def split_documents(config: RunConfig) -> list[Iterator[tuple[bool, str]]]:
-    """Return streams of (held out, document): the corpus, and the validation corpus if any."""
-    def stream(corpus: str, fraction: float) -> Iterator[tuple[bool, str]]:
-        return ((is_held_out(document, fraction), document)
-                for document in documents(corpus, config) if document.strip())
+def split_documents(config: RunConfig) -> list[Iterator[Document]]:
+    """Return a stream of documents per corpus: the corpus, and the validation corpus if any.
+
+    A hash below `validation_fraction` of its range is validation, one above 1 - `test_fraction`
+    test. A validation corpus is divided between the two in the proportion of the fractions.
+    """
+    def stream(corpus: str, validation: float, test: float) -> Iterator[Document]:
+        for text, file in documents(corpus, config):
+            number = content_hash(text)
+            split = ("validation" if number < validation * 2**64 else
+                     "test" if number >= test * 2**64 else "training")
+            yield Document(text, number, split, file)
 
     if config.split == "windows":  # both splits share every document: that is the leak
-        return [stream(config.corpus, 0.0)]
+        return [stream(config.corpus, 0.0, 1.1)]
+    validation, test = config.validation_fraction, config.test_fraction
     if config.validation_corpus is None:
-        return [stream(config.corpus, config.validation_fraction)]
-    return [stream(config.corpus, 0.0), stream(config.validation_corpus, 1.0)]
+        return [stream(config.corpus, validation, 1 - test if test else 1.1)]
+    share = validation / (validation + test) if test else 1.1
+    return [stream(config.corpus, 0.0, 1.1), stream(config.validation_corpus, share, share)]

@@ -1,36 +1,42 @@
 """Documents -> token store on disk, built once for all runs with the same text and tokenizer.
 
-A store is a folder with the tokenizer, train.bin, validation.bin and store.json.
+A store is a folder with the tokenizer, the tokens of each split, what is known of its documents,
+and store.json, which is written last and has a hash of everything.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from lmlib.config import RunConfig
-from lmlib.data.corpus import corpus_files, split_documents
-from lmlib.data.tokenizer import load_tokenizer, train_tokenizer
+from lmlib.data.corpus import Document, corpus_files, split_documents
+from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.files import file_sha256, read_json, resolve_path, write_json
+from lmlib.data.verify import DOCUMENTS, SPLITS, STREAMS, damage, write_info
+from lmlib.files import file_sha256, read_mapping, resolve_path, sync_folder
 
-STORE_FORMAT = 1
-FILES = {"training": "train.bin", "held-out": "validation.bin"}  # by their keys in store.json
+STORE_FORMAT = 2
 
 
 def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
-    """Open the token store of a run under output_dir/.tokens; build it first if there is none.
+    """Open the token store of a run under output_dir/.tokens; build it if there is none.
 
-    `tokenizer` (a folder or Hugging Face id) replaces `config.tokenizer`. Raises ValueError where
-    the corpus or tokenizer cannot be used, or a split is shorter than one window.
+    A damaged store is built again, with a warning. `tokenizer` (a folder or Hugging Face id)
+    replaces `config.tokenizer`. Raises ValueError where the corpus or tokenizer cannot be used, or
+    a split is shorter than one window.
     """
     tokenizer = tokenizer or config.tokenizer
     if tokenizer == "train" and (config.vocab_size or 0) < 257:
@@ -38,33 +44,36 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
                          "or more: one for every byte, and the end-of-text token.")
     identity = store_identity(config, tokenizer)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    folder = resolve_path(config.output_dir) / ".tokens" / key
-    if not _is_complete(folder):
-        _build(config, tokenizer, identity, folder)
-    store = _open(config, folder)
+    stores = resolve_path(config.output_dir) / ".tokens"
+    folder = _same_store(stores, identity) or stores / key
+    if damage(folder):
+        stores.mkdir(parents=True, exist_ok=True)
+        with FileLock(stores / f"{folder.name}.lock"):  # one process builds, the others wait
+            if found := damage(folder):
+                if folder.exists():
+                    warnings.warn(f"The token cache {folder} is damaged ({found}); it is built "
+                                  "again.", stacklevel=2)
+                _sweep_drafts(stores, folder.name)
+                _build(config, tokenizer, identity, folder)
+    store = TokenStore.open(config, folder)
     if store.vocab_size < len(store.tokenizer):
         raise ValueError(f"vocab_size {store.vocab_size} is less than the tokenizer's "
                          f"{len(store.tokenizer)} tokens; write that or more, or null.")
-    for split, tokens, name in (("training", store.train, "training"),
-                                ("held-out", store.validation, "validation")):
-        if store.window_count(split == "held-out") < 1:
-            raise ValueError(
-                f"The {name} split of {config.corpus} has {len(tokens):,} tokens in "
-                f"{store.info[split]['documents']} documents, less than one window of "
-                f"sequence_length {config.sequence_length}: use more text, shorter windows, or "
-                "another validation_fraction or validation_corpus.")
+    _check_lengths(config, store)
     return store
 
 
 def store_identity(config: RunConfig, tokenizer: str) -> dict[str, Any]:
     """Return everything that determines a store's content; local files count by their SHA-256."""
-    validation = 0.0 if config.split == "windows" else config.validation_fraction
-    if config.validation_corpus:
-        validation = _corpus_identity(config, config.validation_corpus)
+    splits: list[Any] = [config.validation_fraction, config.test_fraction]
+    if config.split == "windows":
+        splits = ["windows"]
+    elif config.validation_corpus:
+        splits.append(_corpus_identity(config, config.validation_corpus))
     limits = [config.max_tokens, config.validation_windows * config.sequence_length]
     return {"format": STORE_FORMAT, "corpus": _corpus_identity(config, config.corpus),
-            "text_column": config.text_column, "validation": validation,
-            "tokenizer": _tokenizer_identity(config, tokenizer),
+            "text_column": config.text_column, "splits": splits,
+            "tokenizer": _recipe_of_tokenizer(config, tokenizer),
             "limits": limits if config.max_tokens else None}
 
 
@@ -72,43 +81,65 @@ def _corpus_identity(config: RunConfig, corpus: str) -> list[Any]:
     files = corpus_files(corpus)
     if files is None:
         return [corpus, config.corpus_config, config.corpus_split]
-    contents = "".join(file.suffix + file_sha256(file) for file in files)
+    contents = "".join(file.suffix.lower() + file_sha256(file) for file in files)
     return [len(files), hashlib.sha256(contents.encode()).hexdigest()]
 
 
-def _tokenizer_identity(config: RunConfig, name: str) -> list[Any]:
+def _recipe_of_tokenizer(config: RunConfig, name: str) -> Any:
     if name == "train":  # another version of the library may train another tokenizer
         import tokenizers
         return ["byte-level BPE", config.vocab_size, tokenizers.__version__]
-    loaded = load_tokenizer(name)
-    rules = loaded.backend_tokenizer.to_str().encode()
-    return [hashlib.sha256(rules).hexdigest(), loaded.eos_token_id]
+    return tokenizer_identity(load_tokenizer(name))
 
+
+def _same_store(stores: Path, identity: dict[str, Any]) -> Path | None:
+    """Return the store of this text whose tokenizer was trained here and is the one given.
+
+    A resumed run takes the tokenizer from its checkpoint, but its tokens are these.
+    """
+    if isinstance(identity["tokenizer"], list):  # one is to be trained
+        return None
+    for file in sorted(stores.glob("*/store.json")):
+        info = read_mapping(file)
+        theirs = info.get("identity")
+        if (info.get("tokenizer") == identity["tokenizer"] and isinstance(theirs, dict)
+                and {**theirs, "tokenizer": None} == {**identity, "tokenizer": None}):
+            return file.parent
+    return None
+
+
+def _sweep_drafts(stores: Path, ours: str):
+    """Delete what killed builds have left: drafts of our store, and of those nobody builds."""
+    for draft in stores.glob("*.draft-*"):
+        name = draft.name.partition(".")[0]
+        with suppress(Timeout):  # another process is building there
+            lock = FileLock(stores / f"{name}.lock")
+            with nullcontext() if name == ours else lock.acquire(timeout=0):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+# ---- Build ----
 
 def _build(config: RunConfig, tokenizer_name: str, identity: dict[str, Any], folder: Path):
-    """Write a draft beside `folder` and rename it; another run's store that came first is kept."""
-    draft = folder.parent / f"{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    """Write a draft beside `folder`, flush it, and rename it into place."""
+    draft = folder.parent / f"{folder.name}.draft-{uuid.uuid4().hex[:8]}"
     try:
         if tokenizer_name == "train":
-            training = (text for stream in split_documents(config)
-                        for held_out, text in stream if not held_out)
+            training = (document.text for stream in split_documents(config)
+                        for document in stream if document.split == "training")
             # 200 million characters are plenty for merges, and bound the memory.
             tokenizer = train_tokenizer(_up_to(200_000_000, training), config.vocab_size)
         else:
             tokenizer = load_tokenizer(tokenizer_name)
         draft.mkdir(parents=True)
         tokenizer.save_pretrained(draft)
-        info = _write_tokens(config, tokenizer, draft)
-        sha256 = {file.name: file_sha256(file) for file in sorted(draft.iterdir())}
-        # Written last: a store without store.json is incomplete.
-        write_json(draft / "store.json", {**info, "identity": identity, "sha256": sha256})
-        if folder.exists() and not _is_complete(folder):
-            shutil.rmtree(folder.rename(draft.with_suffix(".damaged")))
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not _is_complete(folder):
-                raise
+        info = _write_splits(config, tokenizer, draft)
+        write_info(draft, {**info, "format": STORE_FORMAT, "identity": identity,
+                           "tokenizer": tokenizer_identity(load_tokenizer(str(draft)))})
+        if folder.exists():
+            shutil.rmtree(folder.rename(draft.with_name(f"{draft.name}-damaged")))
+        draft.rename(folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -121,66 +152,147 @@ def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _write_tokens(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Tokenize all documents into train.bin and validation.bin; return the counts."""
+@dataclass
+class _Split:
+    """The tokens of a split, on their way to its file, and what is known of its documents."""
+    file: BinaryIO
+    dtype: np.dtype
+    limit: int  # of tokens
+    enough: int  # tokens that let a corpus with max_tokens end: it may have no end of its own
+    tokens: int = 0
+    bytes: int = 0
+    hashes: array = field(default_factory=lambda: array("Q"))
+    lengths: array = field(default_factory=lambda: array("Q"))  # of documents, in tokens
+    files: array = field(default_factory=lambda: array("q"))  # they were cut from; -1: whole
+    numbers: array = field(default_factory=lambda: array("Q"))  # of documents in their corpus
+
+    def append(self, document: Document, number: int, ids: list[int]):
+        ids = ids[: self.limit - self.tokens]
+        np.array(ids, dtype=self.dtype).tofile(self.file)
+        self.tokens += len(ids)
+        self.bytes += len(document.text.encode("utf-8", "replace"))
+        self.hashes.append(document.hash)
+        self.lengths.append(len(ids))
+        self.files.append(-1 if document.file is None else document.file)
+        self.numbers.append(number)
+
+    def counts(self) -> dict[str, int]:
+        return {"tokens": self.tokens, "documents": len(self.hashes), "bytes": self.bytes}
+
+
+def _write_splits(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write the tokens and documents of every split; return what store.json says of them."""
     tokenizer.backend_tokenizer.encode_special_tokens = True  # text that spells one stays text
     dtype = np.min_scalar_type(len(tokenizer) - 1)
-    counts = {held_out: {"tokens": 0, "documents": 0, "bytes": 0} for held_out in (False, True)}
-    limits = {False: config.max_tokens or sys.maxsize, True: sys.maxsize}
-    # With max_tokens a stream is left as soon as each split has enough: it may have no end.
+    limit = config.max_tokens or sys.maxsize
     evaluated = config.validation_windows * config.sequence_length + 1
-    enough = {False: limits[False], True: evaluated if config.split == "documents" else 0}
-    streams = split_documents(config)
-    with open(folder / FILES["training"], "wb") as train, \
-            open(folder / FILES["held-out"], "wb") as validation:
+    enough = {"training": limit, "validation": evaluated if config.split == "documents" else 0,
+              "test": evaluated if config.has_test else 0}
+    with ExitStack() as stack:
+        splits = {name: _Split(stack.enter_context(open(folder / file, "wb")), dtype,
+                               limit if name == "training" else sys.maxsize, enough[name])
+                  for name, file in STREAMS.items()}
+        streams = split_documents(config)
         for number, stream in enumerate(streams):
-            splits = (False, True) if len(streams) == 1 else (bool(number),)
-            while chunk := list(islice(stream, 64)):
-                _write_chunk(chunk, tokenizer, limits, dtype, (train, validation), counts)
-                if config.max_tokens and all(counts[s]["tokens"] >= enough[s] for s in splits):
-                    break
-        os.fsync(train.fileno())  # ndarray.tofile leaves nothing in Python's buffers
-        os.fsync(validation.fileno())
-    total = counts[False]["tokens"] + counts[True]["tokens"]
+            names = SPLITS if len(streams) == 1 else SPLITS[:1] if number == 0 else SPLITS[1:]
+            unit, clusters = _write_corpus(
+                stream, tokenizer, {name: splits[name] for name in names},
+                is_limited=config.max_tokens is not None)
+    total = sum(split.tokens for split in splits.values())
     if total == 0:
         raise ValueError(f"The corpus {config.corpus} holds no text.")
-    return {"dtype": dtype.name, "training": counts[False], "held-out": counts[True],
-            "held_out_share": counts[True]["tokens"] / total}
+    training = splits["training"]
+    np.unique(np.array(training.hashes, "<u8")).tofile(folder / DOCUMENTS["training"])
+    for name in SPLITS[1:]:
+        # Validation windows that overlap training windows are cut from the training text.
+        split = training if config.split == "windows" and name == "validation" else splits[name]
+        columns = split.hashes, clusters(split), split.lengths
+        np.array(columns, "<u8").reshape(3, -1).T.tofile(folder / DOCUMENTS[name])
+    return {"dtype": dtype.name, **{name: split.counts() for name, split in splits.items()},
+            "held_out_share": 1 - training.tokens / total, "unit": unit}
 
 
-def _write_chunk(chunk: list[tuple[bool, str]], tokenizer: Any, limits: dict[bool, int],
-                 dtype: np.dtype, files: tuple[BinaryIO, BinaryIO], counts: dict[bool, dict]):
-    """Append documents to the file of their split, up to its limit of tokens."""
-    chunk = [(held_out, text) for held_out, text in chunk
-             if counts[held_out]["tokens"] < limits[held_out]]
-    texts = [text for _, text in chunk]
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for (held_out, text), encoding in zip(chunk, encoded, strict=True):
-        count = counts[held_out]
-        ids = [*encoding.ids, tokenizer.eos_token_id][: limits[held_out] - count["tokens"]]
-        if ids:
-            np.array(ids, dtype=dtype).tofile(files[held_out])
-            count["tokens"] += len(ids)
-            count["documents"] += 1
-            count["bytes"] += len(text.encode("utf-8", "replace"))
+def _write_corpus(stream: Iterator[Document], tokenizer: Any, splits: dict[str, _Split],
+                  is_limited: bool) -> tuple[str, Callable[[_Split], list[int]]]:
+    """Append the documents of a corpus to their splits.
+
+    Returns what its statistical units are, and a function that names the unit of each document of
+    a split: itself, the .txt file that it was cut from, or a tenth of the only file.
+    """
+    firsts: dict[int, int] = {}  # hash of each .txt file's first document
+    count, is_whole = 0, False
+    while chunk := list(islice(stream, 64)):
+        wanted = []
+        for document in chunk:
+            is_whole |= document.file is None
+            firsts.setdefault(document.file, document.hash)
+            wanted.append((document, count))
+            count += 1
+        wanted = [(document, number) for document, number in wanted
+                  if splits[document.split].tokens < splits[document.split].limit]
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(
+            [document.text for document, _ in wanted], add_special_tokens=False)
+        for (document, number), encoding in zip(wanted, encoded, strict=True):
+            split = splits[document.split]
+            if split.tokens < split.limit:
+                split.append(document, number, [*encoding.ids, tokenizer.eos_token_id])
+        if is_limited and all(split.tokens >= split.enough for split in splits.values()):
+            break
+    if is_whole:
+        return "documents", lambda split: [
+            own if file < 0 else firsts[file]
+            for own, file in zip(split.hashes, split.files, strict=True)]
+    if len(firsts) == 1:
+        return "tenths of one file", lambda split: [number * 10 // count
+                                                    for number in split.numbers]
+    return "files", lambda split: [firsts[file] for file in split.files]
 
 
-def _is_complete(folder: Path) -> bool:
-    """Check whether a store has its store.json, all its files, and all its tokens."""
-    try:
-        info = read_json(folder / "store.json")
-        size = np.dtype(info["dtype"]).itemsize
-        return all((folder / name).is_file() for name in info["sha256"]) and all(
-            (folder / name).stat().st_size == info[split]["tokens"] * size
-            for split, name in FILES.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+# ---- Splits that are too short ----
+
+def _check_lengths(config: RunConfig, store: TokenStore):
+    """Raise a ValueError if a split that the run needs is shorter than one window."""
+    needed = SPLITS if config.has_test and config.score_test else SPLITS[:2]
+    short = [name for name in needed if store.window_count(name) < 1]
+    if not short:
+        return
+    counts = ", ".join(f"{name} {store.info[name]['tokens']:,} tokens in "
+                       f"{store.info[name]['documents']} documents" for name in needed)
+    remedy = "use more text or shorter windows"
+    if config.split == "documents" and (found := _fractions_that_work(config, store.tokenizer)):
+        fractions, documents = found
+        values = " and ".join(f"{name} {value:g}" for name, value in fractions.items())
+        kept = " and ".join(f"{count} for {name}" for name, count in documents.items())
+        remedy = f"{values} would hold out {kept} of its documents; or {remedy}"
+    raise ValueError(
+        f"The {' and '.join(short)} split of {config.validation_corpus or config.corpus} is "
+        f"shorter than one window of sequence_length {config.sequence_length} and its last target "
+        f"({counts}): {remedy}.")
 
 
-def _open(config: RunConfig, folder: Path) -> TokenStore:
-    info = read_json(folder / "store.json")
-    # An empty file cannot be memory-mapped.
-    train, held_out = (np.memmap(folder / name, info["dtype"], "r") if info[split]["tokens"] else
-                       np.empty(0, info["dtype"]) for split, name in FILES.items())
-    validation = train if config.split == "windows" else held_out
-    return TokenStore(config, folder, train, validation, load_tokenizer(str(folder)), info)
+def _fractions_that_work(config: RunConfig, tokenizer: Any
+                         ) -> tuple[dict[str, float], dict[str, int]] | None:
+    """Return the smallest fractions that leave every split a window and a fifth, and the counts."""
+    documents, lengths = [], []
+    for document in islice(split_documents(config)[-1], 20_000):  # of short splits there are few
+        documents.append(document.hash / 2**64)
+        lengths.append(len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) + 1)
+    places, tokens = np.array(documents), np.array(lengths)
+    need, has_test = 1.2 * (config.sequence_length + 1), config.has_test and config.score_test
+    grid = [n / 20 for n in range(1, 19)]
+    for total, validation in sorted((v + t, v) for v in grid for t in (grid if has_test else [0])):
+        test = total - validation
+        low, high = validation, 1 - test
+        if config.validation_corpus:
+            low = high = validation / total
+        held_out = {"validation": places < low, "test": places >= high}
+        rest = ~(held_out["validation"] | held_out["test"])
+        is_long = [tokens[part].sum() >= need for part in held_out.values()]
+        if (is_long[0] and (is_long[1] or not has_test)
+                and (config.validation_corpus or tokens[rest].sum() >= need)):
+            fractions = {"validation_fraction": validation, "test_fraction": round(test, 2)}
+            counts = {name: int(part.sum()) for name, part in held_out.items()}
+            if not has_test:
+                del fractions["test_fraction"], counts["test"]
+            return fractions, counts
+    return None

@@ -1,5 +1,7 @@
 """Documents -> tokenizer, and how many bytes of text each token stands for."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +41,14 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"The tokenizer {name} has no end-of-text token (eos_token), which must "
                          "end each document.")
     return tokenizer
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Hash what a tokenizer does: its rules and its end-of-text token, wherever its files lie."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {**backend, "truncation": None, "padding": None}  # settings of a call
+    text = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:

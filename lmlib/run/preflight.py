@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,27 +15,24 @@ from lmlib.config import RunConfig
 from lmlib.data.tokens import TokenStore
 from lmlib.leaks import Leaky, known_leaks
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.lineage import Lineage, ancestors_tokens
+from lmlib.run.start import Start
 
 
-def before_training(config: RunConfig, model: LanguageModel, store: TokenStore, windows: Tensor,
-                    parent: Path | None = None) -> dict[str, Any]:
-    """Run the checks that take seconds, and check that `parent`, if any, did not leak.
-
-    Args:
-        windows: the validation windows, (W, T + 1).
-        parent: the model folder that the run is initialized from.
+def before_training(start: Start, config: RunConfig, model: LanguageModel, store: TokenStore,
+                    lineage: Lineage) -> dict[str, Any]:
+    """Run the checks that take seconds, and check that what the run starts from did not leak.
 
     Returns `passed`, `allow_leaks`, `leaks` (the failed checks that no run may fail, as text) and
     `verdicts`: one sentence per check. Raises `Leaky` if the run leaks and `allow_leaks` is false.
     """
-    reports = quick_checks(config, model, store, windows)
-    if parent and (theirs := known_leaks(parent)):
+    reports = quick_checks(config, model, store)
+    reports += [check_contamination(start.source, store, lineage), check_lineage_of(store, lineage)]
+    source = config.run_dir if start.resumes else start.source
+    if source and (theirs := known_leaks(source)):  # once leaky, always: it was trained so
         reports.append(Report("init_from", False,
                               f"the model that it starts from leaks ({theirs})."))
-    # Text that happens to be in both splits is only reported; a split that cuts both from one text
-    # leaks by construction.
-    leaks = [report for report in reports if report.passed is False
-             and (report.check != "split" or config.split == "windows")]
+    leaks = [report for report in reports if report.passed is False]
     if leaks and not config.allow_leaks:
         found = "\n".join(f"  - {report.check}: {report.summary}" for report in leaks)
         raise Leaky(f"This run leaks, so its scores would be meaningless; nothing was trained:\n"
@@ -46,8 +44,7 @@ def before_training(config: RunConfig, model: LanguageModel, store: TokenStore, 
             "verdicts": {report.check: str(report) for report in reports}}
 
 
-def quick_checks(config: RunConfig, model: LanguageModel, store: TokenStore,
-                 windows: Tensor) -> list[Report]:
+def quick_checks(config: RunConfig, model: LanguageModel, store: TokenStore) -> list[Report]:
     """Run the checks that take a second or less each for quickstart."""
     (ids, targets), V, length = store.batch(1), config.vocab_size, max(2, config.sequence_length)
     reports = [audit.check_causality(model, V, length, quick=True),
@@ -55,7 +52,7 @@ def quick_checks(config: RunConfig, model: LanguageModel, store: TokenStore,
                audit.check_cache(model, V, min(length, 12))]
     if config.sequence_length > 1:
         reports.append(audit.check_labels(model, ids[:2], targets[:2], vocab_size=V))
-    return [*reports, check_split_of(config, store, windows), check_evaluation_of(model, windows)]
+    return [*reports, check_evaluation_of(model, store.validation_windows())]
 
 
 def check_evaluation_of(model: LanguageModel, windows: Tensor) -> Report:
@@ -66,13 +63,49 @@ def check_evaluation_of(model: LanguageModel, windows: Tensor) -> Report:
     return audit.check_evaluation(mean_loss, model, windows[torch.arange(4) % len(windows)])
 
 
-def check_split_of(config: RunConfig, store: TokenStore, windows: Tensor) -> Report:
-    """Check whether validation windows are in training text."""
+def check_contamination(source: Path | None, store: TokenStore, lineage: Lineage) -> Report:
+    """Check whether the scored text is in training text, the run's or an ancestor's.
+
+    `source` is the model folder that the run starts from, if any.
+    """
+    if store.config.split == "windows":
+        return _check_overlapping(store)
+    n = tokens_per_ngram(store)
+    ancestors, missing = ancestors_tokens(lineage, source, store)
+    reports = []
+    for split in ("validation", "test"):
+        if not store.window_count(split):
+            continue
+        text = store.evaluation_text(split)
+        stream = store.test if split == "test" else store.validation
+        for owner, tokens in [("", store.train), *((" of an ancestor", t) for t in ancestors)]:
+            report = audit.check_windows(tokens, text.windows, n, stream, text.starts)
+            summary = f"{split}: {report.summary.rstrip('.')}{owner}"
+            reports.append(replace(report, summary=summary))
+    failed = [report for report in reports if report.passed is False]
+    worst = max(failed or reports, key=lambda report: report.numbers["share of tokens"])
+    summary = "; ".join(report.summary for report in failed or reports)
+    if missing or not lineage.is_complete:
+        summary += ("; the text of an ancestor is not here, so of its documents only exact copies "
+                    "are found (see lineage)")
+    return replace(worst, summary=f"{summary}.")
+
+
+def _check_overlapping(store: TokenStore) -> Report:
+    windows = store.validation_windows()
     report = audit.check_windows(store.train, windows, tokens_per_ngram(store))
-    if config.split == "windows" and report.passed is not False:  # too short to show it
-        return replace(report, passed=False, summary="training and validation windows overlap in "
-                                                     f"one text. {report.summary}")
-    return report
+    if report.passed is False:
+        return report
+    return replace(report, passed=False,  # too short to show it
+                   summary=f"training and validation windows overlap in one text. {report.summary}")
+
+
+def check_lineage_of(store: TokenStore, lineage: Lineage) -> Report:
+    """Check whether held-out documents were trained on, by the run or by an ancestor."""
+    if store.config.split == "windows":
+        return Report("lineage", None, "with split: windows no document is held out.")
+    held_out = np.concatenate([store.documents(split)[:, 0] for split in ("validation", "test")])
+    return audit.check_lineage(lineage.hashes, held_out, lineage.is_complete)
 
 
 def tokens_per_ngram(store: TokenStore) -> int:

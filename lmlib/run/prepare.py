@@ -1,5 +1,7 @@
 """Prepare a run: everything that the training loop works with, built or loaded in one place."""
 
+import re
+import shutil
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,16 +12,21 @@ from torch import Tensor
 from lmlib import checkpoint, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import token_bytes
-from lmlib.data.tokens import TokenStore
-from lmlib.files import read_json, read_mapping, utc_now, write_json
+from lmlib.data.tokens import EvaluationText, TokenStore
+from lmlib.files import read_mapping, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.size import active_parameter_count, flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
-from lmlib.run.environment import differences, environment
+from lmlib.run.environment import check_data, code_version, differences, environment
+from lmlib.run.lineage import Lineage, lineage_of
 from lmlib.run.preflight import before_training
 from lmlib.run.records import Metrics
-from lmlib.run.start import Start, build_model, disk_needed, open_store
+from lmlib.run.start import Start, build_model, disk_needed, open_store, weights_hash
 from lmlib.run.throughput import Throughput
+
+# Raised when a change of the code changes what a step computes or which text scores it, so that a
+# run of the version before cannot resume bit for bit. 2: validation windows at equal distances.
+ARITHMETIC_VERSION = 2
 
 
 @dataclass
@@ -43,18 +50,27 @@ class Run:
     store: TokenStore
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
-    windows: Tensor  # of validation, (W, T + 1)
+    text: EvaluationText  # of validation
     token_bytes: Tensor  # (V,)
+    lineage: Lineage
     progress: Progress
     throughput: Throughput
-    audit: dict[str, Any] | None  # None: audited in an earlier session
+    audit: dict[str, Any]
+    is_audited: bool  # in this session; False: the audit of an earlier one holds
+    is_closed: bool = False  # the consumer of the records has left
     metrics: Metrics | None = None  # it and the saver are opened by `record_start`
     saver: checkpoint.Saver | None = None
 
     @property
     def leaks(self) -> str:
         """The failed checks that `allow_leaks` permits."""
-        return (self.audit or {}).get("leaks", "")
+        return self.audit["leaks"]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint with its training state, but for the tokenizer."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        return weights + optim.state_bytes(self.optimizers)
 
     @property
     def leak_mark(self) -> dict[str, str]:
@@ -66,21 +82,47 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     """Build or load model and optimizers, open the data and audit them; raises as `train` does."""
     store = store or open_store(start)
     config = replace(start.config, vocab_size=store.vocab_size)
+    if start.resumes:
+        check_data(config.run_dir, start.source, store)
     model = build_model(config, start.source).to(start.device)
     optimizers = optim.build_optimizers(model, config)
     if start.resumes or (start.source and config.init_state == "full"):
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source))
-    progress = Progress(step=start.step, scored=start.step,
-                        micro_batch_size=config.micro_batch_size or config.batch_size)
-    if start.resumes:
-        state = checkpoint.read_state(start.source)
-        progress = Progress(**{name: state[name] for name in asdict(progress)})
-    windows, audit = store.validation_windows(), None
-    if not (start.resumes and read_mapping(config.run_dir / "environment.json").get("audit")):
-        audit = before_training(config, model, store, windows, start.parent)
-    return Run(start, config, store, model, optimizers, windows,
-               token_bytes(store.tokenizer, config.vocab_size), progress,
-               Throughput(model, start.dtype, progress.timing), audit)
+    text = store.evaluation_text("validation")
+    lineage = lineage_of(start.source, store, is_own=start.resumes)
+    # The audit of an earlier session holds for the same code.
+    code = code_version(model)
+    audit = read_mapping(config.run_dir / "environment.json").get("audit") if start.resumes else {}
+    is_old = not isinstance(audit, dict) or audit.get("code") != code
+    if is_old:
+        audit = before_training(start, config, model, store, lineage) | {"code": code}
+    progress = _progress(start, config)
+    return Run(start, config, store, model, optimizers, text,
+               token_bytes(store.tokenizer, config.vocab_size), lineage, progress,
+               Throughput(model, start.dtype, progress.timing), audit, is_old)
+
+
+def _progress(start: Start, config: RunConfig) -> Progress:
+    """Return where the run starts, and warn of what makes resuming inexact."""
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    progress = Progress(start.step, scored=start.step, micro_batch_size=micro_batch_size)
+    if not start.resumes:
+        return progress
+    state = checkpoint.read_state(start.source)
+    progress = Progress(**{name: state[name] for name in asdict(progress) if name in state})
+    found = []
+    if (version := state.get("arithmetic_version", 1)) != ARITHMETIC_VERSION:
+        found.append(f"the code computes differently since step {start.step} (arithmetic version "
+                     f"{version}, now {ARITHMETIC_VERSION}), and later validation scores may be "
+                     "of other windows")
+    recorded = RunConfig.recorded(config.run_dir)
+    if recorded and recorded.micro_batch_size != config.micro_batch_size:
+        found.append(f"micro_batch_size was {recorded.micro_batch_size}, is "
+                     f"{config.micro_batch_size}")
+        progress.micro_batch_size = micro_batch_size
+    for difference in found:
+        warnings.warn(f"Resuming is not bit-identical: {difference}.", stacklevel=2)
+    return progress
 
 
 def record_start(run: Run):
@@ -91,17 +133,19 @@ def record_start(run: Run):
     config, model, run_dir = run.config, run.model, run.config.run_dir
     needed = disk_needed(config, model, run.optimizers, run.progress.step)
     checkpoint.check_space(run_dir, needed)
-    before = read_json(run_dir / "environment.json") or {}
+    before = read_mapping(run_dir / "environment.json") if run.start.resumes else {}
     current = environment(run.store, run.start.device)
-    for difference in differences(before, current) if before else []:
+    for difference in differences(before, current):
         warnings.warn(f"Resuming may not be bit-identical: {difference}.", stacklevel=2)
-    run.audit, parent = run.audit or before.get("audit"), run.start.parent
+    parent = run.start.parent
     session = {"from_step": run.progress.step, "total_steps": config.total_steps,
                "started": utc_now()}
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "results.json").unlink(missing_ok=True)  # those of fewer steps
+    _remove_later_evaluations(run)
     write_json(run_dir / "environment.json", {
         **current, "init_from": str(parent) if parent else before.get("init_from"),
+        "init_weights": weights_hash(parent) if parent else before.get("init_weights"),
+        "lineage": run.lineage.state,
         "model": {"parameter_count": parameter_count(model),
                   "active_parameter_count": active_parameter_count(model),
                   "flops_per_token": flops_per_token(model)},
@@ -109,3 +153,13 @@ def record_start(run: Run):
     write_json(run_dir / "config.json", {**config.to_dict(), **run.leak_mark})
     run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)
     run.saver = checkpoint.Saver(background=run.start.device.type == "cuda")
+
+
+def _remove_later_evaluations(run: Run):
+    """Delete the evaluations of steps that will be made again."""
+    folder = run.config.run_dir / "evaluations"
+    if not run.start.resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in folder.glob("*_step_*.json"):
+        if int(re.search(r"\d+", file.name)[0]) > run.progress.step:
+            file.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig
+from lmlib.intervals import Estimate
 from lmlib.leaks import LEAKY, LEAKY_NAME
 from lmlib.text import format_duration, printable
 
@@ -104,8 +105,12 @@ def describe(record: Record, total_steps: int) -> str:
         first, last = r.val_loss_by_position[0], r.val_loss_by_position[-1]
         return f"   Validation loss at a window's first position: {first:.4f}, last: {last:.4f}"
     if r.kind == "done":
-        return (f"Done: {r.step} steps, validation loss {r.val_loss:.4f}, bits per byte "
-                f"{r.val_bits_per_byte:.4f}{leaky}")
+        scores = [f"Done: {r.step} steps, validation loss {r.val_loss:.4f}, bits per byte "
+                  f"{r.val_bits_per_byte:.4f}"]
+        if "test_loss" in r.values:
+            scores.append(f"test loss {test_score(r.values)}, bits per byte "
+                          f"{r.test_bits_per_byte:.4f}")
+        return "; ".join(scores) + leaky
     if r.kind == "spike":
         return f"{at}: ⚠ the loss spiked to {r.loss:.4f} from about {r.usual_loss:.4f}"
     return f"{at}: ⚠ {r.kind} {r.values}"
@@ -118,15 +123,30 @@ def model_name(config: RunConfig) -> str:
     return f"{'attention_' if config.attention == 'mla' else ''}{kind}_{config.hidden_size}d"
 
 
-def measured_on(config: RunConfig, windows: int, store_info: dict[str, Any]) -> dict[str, Any]:
+def test_score(results: dict[str, Any]) -> str:
+    """Show a test loss with its interval: "3.98 ± 0.12 (95 %, 6 documents)"."""
+    loss = Estimate(results["test_loss"], results["test_loss_stderr"], results["test_documents"])
+    documents = f"{loss.clusters} document{'s' * (loss.clusters > 1)}"
+    if (half := loss.half_width()) is None:
+        return f"{loss.mean:.4f} ({documents}: no interval)"
+    few = ", few documents" if loss.is_few else ""
+    return f"{loss.mean:.4f} ± {half:.4f} (95 %, {documents}{few})"
+
+
+def measured_on(config: RunConfig, store_info: dict[str, Any]) -> dict[str, Any]:
     """Say what the scores in results.json were measured on."""
     source = config.validation_corpus or f"documents of {config.corpus} not used for training"
-    source = f"validation text ({source})"
+    kind = "text ({}) that steered and ranked this run"
+    scores = f"validation {kind.format(source)}"
     if config.split == "windows":
-        source = f"NOT held out (windows of {config.corpus} that overlap training windows)"
-    training = store_info["training"]
-    return {"scores": f"{source}, {windows} windows of {config.sequence_length} tokens, after the "
-                      "last step",
+        scores = f"NOT held out (windows of {config.corpus} that overlap training windows)"
+    windows = f"up to {config.validation_windows} windows of {config.sequence_length} tokens"
+    found = {"scores": f"{scores}, {windows}, after the last step"}
+    if config.has_test and config.score_test:
+        found["test"] = f"test text ({source}) that chose nothing, {windows}, after the last step"
+    unit = store_info["unit"]
+    return {**found, "unit_of_standard_errors": unit,
             "held_out_share_of_tokens": store_info["held_out_share"],
-            "held_out_documents": store_info["held-out"]["documents"],
-            "training_documents": training["documents"], "training_tokens": training["tokens"]}
+            **{f"{split}_documents": store_info[split]["documents"]
+               for split in ("training", "validation", "test")},
+            "training_tokens": store_info["training"]["tokens"]}

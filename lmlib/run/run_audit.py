@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmlib import checkpoint, evaluation
 from lmlib.audit import Report, check_model, scores, split
@@ -16,7 +16,9 @@ from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import token_bytes
 from lmlib.files import resolve_path
 from lmlib.model.huggingface import CheckpointError
-from lmlib.run.preflight import check_evaluation_of, check_split_of, tokens_per_ngram
+from lmlib.run import preflight
+from lmlib.run.environment import check_data
+from lmlib.run.lineage import lineage_of
 from lmlib.run.records import read_records
 
 
@@ -43,10 +45,11 @@ def audit(source: str | Path, step: int | None = None) -> list[Report]:
     config = _config_in(folder)
     reports = check_model(model, min(512, max(2, config.sequence_length)))
     try:
-        store = prepare(config, tokenizer=str(path) if config.init_from else None)
+        store = prepare(replace(config, score_test=False), tokenizer=str(path))
+        check_data(folder, path, store)
     except ValueError as error:
         return [*reports, Report("split", None, f"the run's text is not here ({error})")]
-    return [*reports, *_check_text(config, store, model, checkpoint.verify(path)["step"])]
+    return [*reports, *_check_text(store, model, path)]
 
 
 def _from_hub(name: str, step: int | None) -> nn.Module:
@@ -70,42 +73,48 @@ def _config_in(folder: Path) -> RunConfig:
                           run_name=folder.name)
 
 
-def _check_text(config: RunConfig, store: tokens.TokenStore, model: nn.Module,
-                step: int) -> list[Report]:
-    """Check a run's text and scores."""
-    windows, batch_size = store.validation_windows(), config.micro_batch_size or config.batch_size
-    losses, correct = evaluation.score_windows(model, windows, batch_size)
-    sizes = token_bytes(store.tokenizer, config.vocab_size)
-    summary = evaluation.summarize(losses, correct, windows[:, 1:], sizes)
-    reports = [*_check_documents(config, store, windows, losses),
+def _check_text(store: tokens.TokenStore, model: nn.Module, path: Path) -> list[Report]:
+    """Check a run's text and scores; `path` is the checkpoint of the model."""
+    config, step = store.config, checkpoint.verify(path)["step"]
+    found = evaluation.evaluate(model, store.evaluation_text("validation"),
+                                token_bytes(store.tokenizer, config.vocab_size),
+                                config.micro_batch_size or config.batch_size)
+    summary, losses = found.summary(), found.losses
+    reports = [*_check_documents(store, found, path),
                _check_record(config, summary["val_loss"], step),
-               scores.check_sample(summary, len(windows), losses.numel()),
-               check_evaluation_of(model, windows)]
+               scores.check_sample(summary, len(losses), losses.numel()),
+               preflight.check_evaluation_of(model, found.text.windows)]
     if losses.shape[1] >= 4:
-        loss, accuracy = losses.mean(0), correct.double().mean(0)
+        loss, accuracy = losses.mean(0), found.correct.double().mean(0)
         report = scores.check_profile(loss, accuracy)
         curves = {"losses": loss.tolist(), "accuracies": accuracy.tolist()}
         reports.append(replace(report, numbers=report.numbers | curves))
     return reports
 
 
-def _check_documents(config: RunConfig, store: tokens.TokenStore, windows: Tensor,
-                     losses: Tensor) -> list[Report]:
-    """Check the split and the tokenizer, from the documents themselves."""
-    if config.split == "windows":
-        return [check_split_of(config, store, windows)]
-    training, held_out = store.texts(False), store.texts(True)
-    report, n = split.check_split(training, held_out), tokens_per_ngram(store)
-    shared = split.shared_windows(store.train, windows, n)[:, 1:]
-    parts = scores.loss_by_overlap(losses, shared)
+def _check_documents(store: tokens.TokenStore, found: evaluation.Scores,
+                     path: Path) -> list[Report]:
+    """Check the split, the lineage and the tokenizer, from the documents themselves."""
+    lineage = lineage_of(path, store, is_own=True)
+    contamination = preflight.check_contamination(path, store, lineage)
+    if store.config.split == "windows":
+        return [contamination]
+    held_out = [text for name in ("validation", "test") for text in store.texts(name)]
+    report = split.check_split(store.texts("training"), held_out)
+    n = preflight.tokens_per_ngram(store)
+    if contamination.passed is False:  # also by an ancestor's text
+        report = replace(report, passed=False, summary=f"{report.summary} {contamination.summary}")
+    shared = split.shared_windows(store.train, found.text.windows, n)[:, 1:]
+    parts = scores.loss_by_overlap(found.losses, shared)
     if parts["share"]:
         report = replace(report, summary=(
             f"{report.summary} Of the scored tokens, {parts['share']:.2%} are in a run of {n} "
             f"tokens of training text; their loss is {parts['shared']:.2f} nats, and without them "
             f"the loss is {parts['new']:.4f} instead of {parts['all']:.4f}."))
-    if config.tokenizer == "train" and not config.init_from:
-        return [report, split.check_tokenizer(store.tokenizer, training, held_out)]
-    return [report, Report("tokenizer", None, "it was trained elsewhere, on unknown text.")]
+    reports = [report, preflight.check_lineage_of(store, lineage)]
+    if store.config.tokenizer == "train" and not store.config.init_from:
+        return [*reports, split.check_tokenizer(store.tokenizer, store.texts("training"), held_out)]
+    return [*reports, Report("tokenizer", None, "it was trained elsewhere, on unknown text.")]
 
 
 def _check_record(config: RunConfig, again: float, step: int) -> Report:
@@ -122,19 +131,20 @@ def _check_record(config: RunConfig, again: float, step: int) -> Report:
 def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, Any]]:
     """Score each checkpoint of a run on the validation text of another run.
 
-    Shows what a model knows of text that it was not trained on, in windows of its own length.
-    Raises a ValueError if a run or its text is not here.
+    Shows what a model knows of text that it was not trained on, in windows of its own length, at
+    equal distances over all documents. Raises a ValueError if a run or its text is not here.
     """
     folder, elsewhere = resolve_path(run_dir), resolve_path(other)
-    config, rows = _config_in(elsewhere), []
-    own = str(checkpoint.find_checkpoint(elsewhere)) if config.init_from else None
-    texts = prepare(config, tokenizer=own).texts(True)
+    config, rows = replace(_config_in(elsewhere), score_test=False), []
+    store = prepare(config, tokenizer=str(checkpoint.find_checkpoint(elsewhere)))
+    texts, units = list(store.texts("validation")), store.evaluation_text("validation").units
     for step in checkpoint.checkpoint_steps(folder):
         model, tokenizer = checkpoint.load(folder, step)
         T, eos = model.config.sequence_length, tokenizer.eos_token_id
-        ids = np.array([i for text in texts for i in [*tokenizer(text)["input_ids"], eos]])
-        starts = np.arange(min(32, tokens.window_count(ids, T))) * T
+        encoded = [[*ids, eos] for ids in tokenizer(texts)["input_ids"]]
+        text = tokens.EvaluationText.cut(
+            "validation", np.concatenate(encoded), list(map(len, encoded)), units,
+            windows=32, sequence_length=T, unit=store.info["unit"], data="")
         sizes = token_bytes(tokenizer, model.config.vocab_size)
-        windows = tokens.windows(ids, starts, T)
-        rows.append({"step": step, **evaluation.evaluate(model, windows, sizes, 4)})
+        rows.append({"step": step, **evaluation.evaluate(model, text, sizes, 4).summary()})
     return rows

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lmlib import checkpoint, files, optim
-from lmlib.config import RunConfig
+from lmlib.config import ABSENT, RunConfig
 from lmlib.data.prepare import prepare
-from lmlib.data.tokenizer import load_tokenizer
+from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity
 from lmlib.data.tokens import TokenStore
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
@@ -54,6 +54,7 @@ def find_start(config: RunConfig) -> Start:
     elif steps:
         source = checkpoint.newest_good(run_dir, with_state=True, run=config.key())
         step = checkpoint.read_state(source)["step"]
+        _check_sources(config, source)
     elif (run_dir / "results.json").exists():
         raise ValueError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
                          "resume: choose another run_name.")
@@ -63,7 +64,7 @@ def find_start(config: RunConfig) -> Start:
         raise ValueError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
                  resumes=bool(steps) and not results,
-                 tokenizer=str(source) if source and config.init_from else None,
+                 tokenizer=str(source) if source else None,
                  results=results, steps=steps)
 
 
@@ -75,26 +76,60 @@ def finished_results(config: RunConfig) -> dict[str, Any] | None:
 
 
 def merge_recorded(config: RunConfig) -> RunConfig:
-    """Fill in what `config` leaves open from the run in its folder, if there is one.
+    """Fill in what `config` leaves open from the run in its folder, if that has a checkpoint.
 
     Raises a ValueError that names each parameter in which that run differs, with both values.
     """
-    recorded = files.read_json(config.run_dir / "config.json")
-    if recorded is None:
-        return config
-    for name in ("vocab_size", "init_step"):
-        if getattr(config, name) is None and recorded.get(name) is not None:
+    run_dir = config.run_dir
+    recorded = files.read_json(run_dir / "config.json")
+    if recorded is None or not (checkpoint.checkpoint_steps(run_dir)
+                                or (run_dir / "results.json").exists()):
+        return config  # before the first checkpoint anything may change
+    for name, left_open in (("vocab_size", [None]), ("init_step", [None, "best"])):
+        if getattr(config, name) in left_open and recorded.get(name) is not None:
             config = replace(config, **{name: recorded[name]})
-    recorded = {**RunConfig().to_dict(), **recorded}  # parameters newer than the run: defaults
-    different = [f"{name} is {value!r} and was {recorded[name]!r}"
-                 for name, value in config.fixed_parameters().items() if value != recorded[name]]
-    if config.total_steps < recorded["total_steps"]:
-        different.append(f"total_steps is {config.total_steps} and was "
-                         f"{recorded['total_steps']}; it may only grow")
+    recorded = {**RunConfig().to_dict(), **ABSENT, **recorded}
+    different = {name: value for name, value in config.fixed_parameters().items()
+                 if value != recorded[name]}
+    # A path may change, as its content is compared; whether there is one may not.
+    given = {"tokenizer": "train", "validation_corpus": None, "init_from": None}
+    different |= {name: getattr(config, name) for name, none in given.items()
+                  if (getattr(config, name) == none) != (recorded[name] == none)}
     if different:
-        lines = "\n  - ".join([f"{config.run_dir} has a run with other parameters:", *different])
+        lines = "\n  - ".join([
+            f"{run_dir} has a run with other parameters:",
+            *(f"{name} is {value!r} and was {recorded[name]!r}"
+              for name, value in different.items())])
         raise ValueError(f"{lines}\nChoose another run_name, or set these to the values they had.")
     return config
+
+
+def _check_sources(config: RunConfig, source: Path):
+    """Raise a ValueError if a path names another tokenizer or parent than the run had.
+
+    `source` is the checkpoint that it resumes from. A parent that is not here any more is fine.
+    """
+    run_dir, parent = config.run_dir, config.init_from
+    recorded = files.read_mapping(run_dir / "config.json")
+    if config.tokenizer not in ("train", recorded.get("tokenizer")):
+        theirs = tokenizer_identity(load_tokenizer(str(source)))
+        if tokenizer_identity(load_tokenizer(config.tokenizer)) != theirs:
+            raise ValueError(f"The tokenizer {config.tokenizer} is not the one that {run_dir} was "
+                             f"trained with, {recorded.get('tokenizer')}: choose another run_name.")
+    was = files.read_mapping(run_dir / "environment.json").get("init_weights")
+    moved = parent and parent != recorded.get("init_from") and files.resolve_path(parent).exists()
+    if was and moved and weights_hash(checkpoint.find_checkpoint(parent, config.init_step)) != was:
+        raise ValueError(f"init_from {parent} is not the model that {run_dir} was started from, "
+                         f"{recorded.get('init_from')}: choose another run_name.")
+
+
+def weights_hash(folder: Path) -> str:
+    """Return the SHA-256 of a model folder's weights, or of their index if they are in shards."""
+    listed = files.read_mapping(folder / "checkpoint.json").get("files", {})
+    if "model.safetensors" in listed:
+        return listed["model.safetensors"]["sha256"]
+    single = folder / "model.safetensors"
+    return files.file_sha256(single if single.exists() else folder / f"{single.name}.index.json")
 
 
 def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
@@ -121,9 +156,8 @@ def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
 def open_store(start: Start) -> TokenStore:
     """Return the run's tokens, preparing them if no run before has."""
     config, tokenizer = start.config, start.tokenizer
-    if start.results and config.init_from:  # finished: its checkpoints have the parent's tokenizer
-        own = checkpoint.newest_good(config.run_dir)
-        tokenizer = str(own or checkpoint.find_checkpoint(config.init_from, config.init_step))
+    if start.results and (own := checkpoint.newest_good(config.run_dir)):
+        tokenizer = str(own)
     with files.os_errors_as_value_errors(config.run_dir):
         return prepare(config, tokenizer=tokenizer)
 
@@ -144,6 +178,8 @@ def disk_needed(config: RunConfig, model: LanguageModel,
                 optimizers: list[torch.optim.Optimizer], step: int) -> int:
     """Return the bytes that the checkpoints of a run will take from `step` on."""
     count = math.ceil((config.total_steps - step) / config.checkpoint_every)
+    if config.keep_checkpoints:
+        count = min(count, config.keep_checkpoints + 2)  # the best, and one being written
     tokenizer = 1_000_000  # roughly
     each = sum(tensor.nbytes for tensor in huggingface.model_tensors(model).values()) + tokenizer
     states = min(count, checkpoint.STATES_KEPT + 1)  # one is being written
@@ -157,9 +193,10 @@ def greeting(start: Start) -> str:
         return f"{folder} is finished: {config.total_steps} steps. To continue, raise total_steps."
     if start.resumes:
         line = f"Resuming from step {start.step} of {config.total_steps} in {folder}."
-        ended = (files.read_json(config.run_dir / "config.json") or {}).get("total_steps", math.inf)
-        if ended < config.total_steps:
-            line += f" The cosine that ended at step {ended} is stretched to the new end."
+        ended = files.read_mapping(config.run_dir / "config.json").get("total_steps")
+        if ended not in (None, config.total_steps):
+            verb = "stretched" if ended < config.total_steps else "shortened"
+            line += f" The learning-rate schedule, which ended at step {ended}, is {verb} to it."
         return line
     line = f"A new run of {config.total_steps} steps in {folder}."
     if config.vocab_size is not None:

@@ -31,6 +31,7 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
             varied = [f"{name}{chosen[name]}" for name in grid
                       if name == "seed" or (len(grid[name]) > 1 and name != "run_name")]
             name = "-".join([str(chosen.get("run_name") or Path(recipe).stem), *varied])
+            chosen["score_test"] = False  # a score that chooses is not the one that is reported
             chosen["run_name"] = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
             try:
                 config = RunConfig(**chosen)

@@ -40,7 +40,8 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3,
     the corpus or `init_from` cannot be used, or that the run leaks.
     """
     # Under a name without a folder: the copy must not start from the run's own checkpoint.
-    copy = replace(config, run_name=f"{config.run_name[:80]}-range-test", init_state="weights")
+    copy = replace(config, run_name=f"{config.run_name[:80]}-range-test", init_state="weights",
+                   score_test=False)
     start, factors, losses, mean = find_start(copy), [], [], 0.0
     with numerics(copy, start.device):
         run = prepare(start)
@@ -74,7 +75,7 @@ def candidates(found: RangeTest, steps: int) -> list[RunConfig]:
     config = found.config
     around = (found.factor / 3, found.factor, found.factor * 3) if found.factor else ()
     short = {"total_steps": steps, "eval_every": steps, "checkpoint_every": steps,
-             "output_dir": f"{config.output_dir}/{config.run_name}-rates"}
+             "score_test": False, "output_dir": f"{config.output_dir}/{config.run_name}-rates"}
     choices = {tuple(_rates(config, factor).items()) for factor in (1.0, *around)}
     names = {rates: "-".join(f"{rate:g}" for _, rate in rates) for rates in choices}
     return [replace(config, **short, **dict(rates), run_name=f"{steps}steps-rate{names[rates]}")

@@ -1,29 +1,74 @@
 """Documents, splits, tokenizer, token store and batches."""
 
+import hashlib
 import json
+import re
+import shutil
 import sys
 import threading
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
-from lmlib.data.corpus import cut, documents, is_held_out
+from lmlib.config import RunConfig
+from lmlib.data import corpus as corpus_module
+from lmlib.data import prepare as prepare_module
+from lmlib.data import verify
+from lmlib.data.corpus import content_hash, cut, split_documents
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import END_OF_TEXT, token_bytes
 from lmlib.data.tokens import permute, window_count
 
 
+def documents(corpus: str, config: RunConfig) -> list[str]:
+    return [text for text, _ in corpus_module.documents(corpus, config)]
+
+
+def texts_of(config: RunConfig) -> dict[str, list[str]]:
+    """The documents of each split."""
+    found = {split: [] for split in verify.SPLITS}
+    for stream in split_documents(config):
+        for document in stream:
+            found[document.split].append(document.text)
+    return found
+
+
+def write_jsonl(file, texts):
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return str(file)
+
+
 def test_duplicates_that_differ_in_case_and_spacing_land_in_the_same_split():
-    counts = Counter()
-    for number in range(2000):
+    for number in range(200):
         text = f"Document number {number}, of some length."
-        held_out = is_held_out(text, 0.1)
-        assert held_out == is_held_out(f"  DOCUMENT   number\n{number}, of some length. ", 0.1)
-        counts[held_out] += 1
-    assert 150 < counts[True] < 250
-    assert all(is_held_out(str(n), 0.5) for n in range(100) if is_held_out(str(n), 0.2))
+        assert content_hash(text) == content_hash(
+            f"  DOCUMENT   number\n{number}, of some length. "
+        )
+
+
+def test_fractions_divide_documents_into_three_splits(smoke, tmp_path):
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", (f"Document {n} of some length." for n in range(2000))
+    )
+    three = texts_of(smoke(corpus=corpus, validation_fraction=0.1, test_fraction=0.2))
+    assert 150 < len(three["validation"]) < 250 and 350 < len(three["test"]) < 450
+    more = texts_of(smoke(corpus=corpus, validation_fraction=0.3, test_fraction=0.2))
+    assert set(three["validation"]) < set(more["validation"]) and three["test"] == more["test"]
+    none = texts_of(smoke(corpus=corpus, validation_fraction=0.1, test_fraction=0))
+    assert none["validation"] == three["validation"] and none["test"] == []
+    assert sorted(sum(three.values(), [])) == sorted(sum(none.values(), []))
+
+
+def test_a_validation_corpus_is_divided_between_validation_and_test(smoke, text_file, tmp_path):
+    other = write_jsonl(tmp_path / "c.jsonl", (f"Document {n} of some length." for n in range(600)))
+    given = {"corpus": str(text_file), "validation_corpus": other}
+    found = texts_of(smoke(**given, validation_fraction=0.1, test_fraction=0.2))
+    assert found["training"] == documents(str(text_file), smoke())
+    assert len(found["validation"]) + len(found["test"]) == 600
+    assert 160 < len(found["validation"]) < 240
+    assert len(texts_of(smoke(**given, test_fraction=0))["validation"]) == 600
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000, 4097])
@@ -65,23 +110,23 @@ def test_tokens_decode_to_the_documents_each_in_one_split(smoke, text_file):
     store = prepare(config)
     pieces = list(documents(config.corpus, config))
     assert len(pieces) > 20 and all(1900 < len(text) < 4100 for text in pieces[:-1])
-    for held_out, tokens in ((False, store.train), (True, store.validation)):
-        expected = [
-            text for text in pieces if is_held_out(text, config.validation_fraction) == held_out
-        ]
-        text = store.tokenizer.decode(tokens.astype(np.int64).tolist())
+    tokens = {"training": store.train, "validation": store.validation, "test": store.test}
+    for split, expected in texts_of(config).items():
+        text = store.tokenizer.decode(tokens[split].astype(np.int64).tolist())
         assert text == "".join(document + END_OF_TEXT for document in expected)
+        assert list(store.texts(split)) == expected
     assert store.train.dtype == np.uint16
-    counts = [store.info[split]["tokens"] for split in ("training", "held-out")]
-    assert store.info["held_out_share"] == counts[1] / sum(counts)
+    counts = [store.info[split]["tokens"] for split in verify.SPLITS]
+    assert store.info["held_out_share"] == pytest.approx(sum(counts[1:]) / sum(counts))
 
 
 def test_the_tokenizer_is_trained_on_training_documents_only(smoke, tmp_path):
     secret = "zyzzyvaquuxplugh"
     texts = [f"An ordinary sentence about the weather, number {n}. " * 5 for n in range(200)]
+    held_out = (content_hash(text + f" {secret}" * 50) < 0.3 * 2**64 for text in texts)
     texts = [
-        text + (f" {secret}" * 50 if is_held_out(text + f" {secret}" * 50, 0.3) else "")
-        for text in texts
+        text + (f" {secret}" * 50 if is_held_out else "")
+        for text, is_held_out in zip(texts, held_out, strict=True)
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert sum(secret in text for text in texts) > 10
@@ -91,16 +136,47 @@ def test_the_tokenizer_is_trained_on_training_documents_only(smoke, tmp_path):
     assert any("weather" in token for token in vocabulary)
 
 
-def test_validation_windows_are_whole_always_the_same_and_held_out(smoke, text_file):
-    store = prepare(smoke(corpus=str(text_file), validation_fraction=0.3))
-    windows = store.validation_windows()
-    assert windows.shape == (16, 65)
-    assert torch.equal(
-        windows, prepare(smoke(corpus=str(text_file), validation_fraction=0.3)).validation_windows()
-    )
-    held_out = store.validation.astype(np.int64)
-    for window in windows.numpy():
-        assert any((held_out[i : i + 65] == window).all() for i in range(0, len(held_out) - 64, 64))
+def test_evaluation_windows_are_whole_and_at_equal_distances_whatever_the_seed(smoke):
+    stores = [prepare(smoke(seed=seed)) for seed in (0, 1, 7)]
+    for split in ("validation", "test"):
+        texts = [store.evaluation_text(split) for store in stores]
+        assert all(torch.equal(text.windows, texts[0].windows) for text in texts)
+        tokens = stores[0].test if split == "test" else stores[0].validation
+        starts = texts[0].starts
+        assert len(starts) == 16 and len(set(np.diff(starts))) == 1 and starts[0] == 0
+        assert len(tokens) - starts[-1] < 2 * np.diff(starts)[0]
+        for start, window in zip(starts, texts[0].windows.numpy(), strict=True):
+            assert (tokens[start : start + 65] == window).all()
+
+
+def test_each_target_of_an_evaluation_knows_its_document(smoke, text_file):
+    store = prepare(smoke(corpus=str(text_file), validation_fraction=0.4))
+    text, end = store.evaluation_text("validation"), store.tokenizer.eos_token_id
+    ends = np.flatnonzero(store.validation == end)
+    for row, start in enumerate(text.starts):
+        for place in range(64):
+            token = start + 1 + place
+            assert text.documents[row, place] == (ends < token).sum()
+
+
+def test_pieces_of_one_file_are_clustered_by_tenths_and_those_of_several_by_file(smoke, tmp_path):
+    def units(config):
+        text = prepare(config).evaluation_text("validation")
+        return text.unit, len(set(text.units)), len(text.units)
+
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in "abc":
+        lines = (f"Line {n} of file {name} says something.\n\n" * 20 for n in range(60))
+        (folder / f"{name}.txt").write_text("".join(lines))
+    common = {"validation_fraction": 0.4, "test_fraction": 0}
+    unit, count, number = units(smoke(corpus=str(folder), **common))
+    assert (unit, count) == ("files", 3) and number > 10
+    unit, count, number = units(smoke(corpus=str(folder / "a.txt"), **common))
+    assert unit == "tenths of one file" and 1 < count <= 10 and number > 5
+    corpus = write_jsonl(tmp_path / "c.jsonl", (f"Text {n} is a row. " * 20 for n in range(100)))
+    unit, count, number = units(smoke(corpus=corpus, **common))
+    assert unit == "documents" and count == number > 20
 
 
 def test_text_that_spells_a_special_token_stays_text(smoke, tmp_path):
@@ -109,10 +185,8 @@ def test_text_that_spells_a_special_token_stays_text(smoke, tmp_path):
     store = prepare(
         smoke(corpus=str(tmp_path / "c.jsonl"), validation_fraction=0.3, vocab_size=300)
     )
-    total = sum(
-        (tokens == store.tokenizer.eos_token_id).sum() for tokens in (store.train, store.validation)
-    )
-    assert total == 60
+    ends = [tokens == store.tokenizer.eos_token_id for tokens in (store.train, store.validation)]
+    assert sum(map(np.sum, ends)) + (store.test == store.tokenizer.eos_token_id).sum() == 60
 
 
 def test_token_bytes_add_up_to_the_bytes_of_the_text(smoke, tmp_path):
@@ -120,7 +194,7 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(smoke, tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
     store = prepare(smoke(corpus=str(tmp_path / "c.jsonl"), validation_fraction=0.3))
     sizes = token_bytes(store.tokenizer, 512)
-    for split, tokens in (("training", store.train), ("held-out", store.validation)):
+    for split, tokens in (("training", store.train), ("validation", store.validation)):
         assert sizes[torch.from_numpy(tokens.astype(np.int64))].sum() == store.info[split]["bytes"]
 
 
@@ -132,8 +206,36 @@ def test_parquet_and_jsonl_and_txt_in_a_folder_are_all_read(smoke, tmp_path):
     (tmp_path / "in" / "b.jsonl").write_text('{"body": "json one"}\n{"body": null}\n')
     (tmp_path / "c.txt").write_text("plain\r\n\r\ntext")
     (tmp_path / "notes.md").write_text("not read")
-    texts = list(documents(str(tmp_path), smoke(text_column="body")))
-    assert texts == ["parquet one", "parquet two", "plain\n\ntext\n", "json one"]
+    (tmp_path / "D.TXT").write_text("loud")
+    texts = documents(str(tmp_path), smoke(text_column="body"))
+    assert texts == ["loud\n", "parquet one", "parquet two", "plain\n\ntext\n", "json one"]
+
+
+def test_file_names_are_no_patterns(smoke, tmp_path):
+    """The package datasets takes them as globs: "ch[1]" would read "ch1"."""
+    import pandas
+
+    names = ["ch[1]", "ch1", "who?", "whom", "Othello [Garnett]", "a*", "ab"]
+    for suffix in ("txt", "jsonl", "parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for name in names:
+            file = folder / f"{name}.{suffix}"
+            if suffix == "txt":
+                file.write_text(name)
+            elif suffix == "jsonl":
+                write_jsonl(file, [name])
+            else:
+                pandas.DataFrame({"text": [name]}).to_parquet(file)
+        assert sorted(text.strip() for text in documents(str(folder), smoke())) == sorted(names)
+
+
+def test_a_file_without_documents_is_said(smoke, tmp_path):
+    (tmp_path / "full.txt").write_text("text")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    write_jsonl(tmp_path / "rows.jsonl", [" ", ""])
+    with pytest.warns(UserWarning, match="2 of the 3 files of .* blank.txt, rows.jsonl"):
+        assert documents(str(tmp_path), smoke()) == ["text\n"]
 
 
 LINES = 'one\n\n{"line"}\u2028two\x0cthree\x85\t four\x1c'
@@ -181,26 +283,27 @@ def by_datasets(kind, file) -> list[str | None]:
 def test_txt_files_are_read_as_the_package_datasets_reads_them(smoke, tmp_path, name):
     file = tmp_path / "corpus.txt"
     file.write_bytes(TEXT_FILES[name])
-    assert list(documents(str(file), smoke())) == list(cut(by_datasets("text", file)))
+    assert documents(str(file), smoke()) == list(cut(by_datasets("text", file)))
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_jsonl_files_are_read_as_the_package_datasets_reads_them(smoke, tmp_path, name):
     file = tmp_path / "corpus.jsonl"
     file.write_bytes(JSON_FILES[name])
-    assert list(documents(str(file), smoke())) == [
-        text for text in by_datasets("json", file) if text is not None
+    assert documents(str(file), smoke()) == [
+        text for text in by_datasets("json", file) if text is not None and text.strip()
     ]
 
 
 def test_half_a_surrogate_pair_is_replaced(smoke, tmp_path):
     """The package datasets cannot read such a file."""
     (tmp_path / "c.jsonl").write_text(r'{"text": "a\ud83d b"}')
-    assert list(documents(str(tmp_path / "c.jsonl"), smoke())) == ["a? b"]
+    assert documents(str(tmp_path / "c.jsonl"), smoke()) == ["a? b"]
 
 
-def test_only_parquet_and_hugging_face_need_the_package_datasets(smoke, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it raises ImportError
+def test_only_parquet_and_hugging_face_need_further_packages(smoke, tmp_path, monkeypatch):
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     (tmp_path / "c.txt").write_text("text")
     (tmp_path / "c.jsonl").write_text('{"text": "json"}')
     assert [
@@ -208,11 +311,11 @@ def test_only_parquet_and_hugging_face_need_the_package_datasets(smoke, tmp_path
         *documents(str(tmp_path / "c.jsonl"), smoke()),
     ] == ["text\n", "json"]
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    for corpus in (str(tmp_path / "c.parquet"), "owner/name"):
+    for corpus, package in ((str(tmp_path / "c.parquet"), "pyarrow"), ("owner/name", "datasets")):
         with pytest.raises(
-            ValueError, match=r"needs the package datasets: pip install -e '\.\[notebook\]'"
+            ValueError, match=rf"needs? the package {package}: pip install -e '\.\[notebook\]'"
         ):
-            list(documents(corpus, smoke()))
+            documents(corpus, smoke())
 
 
 def test_an_unreachable_dataset_is_an_error_that_names_it(smoke, monkeypatch):
@@ -226,7 +329,7 @@ def test_an_unreachable_dataset_is_an_error_that_names_it(smoke, monkeypatch):
             ValueError,
             match=r"The Hugging Face dataset owner/name \(.* split train\) cannot be read: ",
         ):
-            list(documents("owner/name", smoke()))
+            documents("owner/name", smoke())
 
 
 def raising(error):
@@ -236,19 +339,47 @@ def raising(error):
     return raise_it
 
 
-def test_max_tokens_limits_training_text_and_keeps_all_validation_windows(smoke):
+def test_max_tokens_limits_training_alone_and_reads_on_until_held_out_splits_are_full(smoke):
     store = prepare(smoke(max_tokens=3000))
     assert len(store.train) == 3000
-    assert len(store.validation_windows()) == 16
+    for split in ("validation", "test"):
+        assert len(store.evaluation_text(split).windows) == 16
+
+
+def test_smoke_holds_out_two_documents_or_more_in_each_split(smoke):
+    info = prepare(smoke()).info
+    assert info["validation"]["documents"] >= 2 and info["test"]["documents"] >= 2
 
 
 def test_a_validation_corpus_replaces_the_split(smoke, text_file, tmp_path):
     (tmp_path / "other.txt").write_text("Something else entirely. " * 400)
-    store = prepare(smoke(corpus=str(text_file), validation_corpus=str(tmp_path / "other.txt")))
+    store = prepare(
+        smoke(
+            corpus=str(text_file), validation_corpus=str(tmp_path / "other.txt"), test_fraction=0.0
+        )
+    )
     assert "Something else" in store.tokenizer.decode(store.validation_windows()[0])
     assert store.info["training"]["bytes"] == sum(
         len(text.encode()) for text in documents(str(text_file), smoke())
     )
+
+
+def test_splits_that_are_too_short_name_the_fractions_that_work(smoke, tmp_path):
+    texts = [f"Text {n} says number {n * 7} and then {n * 13} in words. " * 12 for n in range(8)]
+    given = {"corpus": write_jsonl(tmp_path / "c.jsonl", texts)}
+    config = smoke(**given, validation_fraction=0.001, test_fraction=0.001)
+    with pytest.raises(ValueError, match="validation and test split .* is shorter") as caught:
+        prepare(config)
+    message = str(caught.value)
+    assert "validation 0 tokens in 0 documents" in message
+    found = re.search(r"validation_fraction ([\d.]+) and test_fraction ([\d.]+) would", message)
+    fractions = {"validation_fraction": float(found[1]), "test_fraction": float(found[2])}
+    prepare(smoke(**given, **fractions))
+    prepare(smoke(**given, validation_fraction=float(found[1]), test_fraction=0.0))
+    # Without a test score no test split is needed.
+    prepare(smoke(**given, **fractions | {"test_fraction": 0.001}, score_test=False))
+    with pytest.raises(ValueError, match="test split .* is shorter"):
+        prepare(smoke(**given, **fractions | {"test_fraction": 0.001}))
 
 
 def test_a_pretrained_tokenizer_is_loaded_from_a_folder(smoke, text_file):
@@ -261,21 +392,92 @@ def test_a_pretrained_tokenizer_is_loaded_from_a_folder(smoke, text_file):
         prepare(smoke(corpus=str(text_file), tokenizer=str(first.folder), vocab_size=300))
 
 
-def test_the_store_is_reused_rebuilt_if_corrupted_and_keyed_by_content(smoke, tmp_path):
-    corpus = tmp_path / "c.txt"
-    corpus.write_text(
-        "\n\n".join(f"Paragraph {n} says something of its own. " * 20 for n in range(100))
-    )
-    config = smoke(corpus=str(corpus), validation_fraction=0.3)
-    store = prepare(config)
+@pytest.fixture
+def small(smoke, tmp_path):
+    """Return a config with a small corpus and outputs of its own."""
+    texts = (f"Paragraph {n} says something of its own. " * 20 for n in range(100))
+    corpus = write_jsonl(tmp_path / "c.jsonl", texts)
+    return smoke(corpus=corpus, output_dir=tmp_path / "out")
+
+
+def test_the_store_is_reused_and_keyed_by_content(small, tmp_path):
+    store = prepare(small)
     before = (store.folder / "train.bin").stat().st_mtime_ns
-    assert prepare(config).folder == store.folder
+    assert prepare(small).folder == store.folder
     assert (store.folder / "train.bin").stat().st_mtime_ns == before
-    content = (store.folder / "train.bin").read_bytes()
-    (store.folder / "train.bin").write_bytes(content[:-2])
-    assert (prepare(config).folder / "train.bin").read_bytes() == content
-    corpus.write_text(corpus.read_text() + "More.\n")
-    assert prepare(config).folder != store.folder
+    (tmp_path / "c.jsonl").write_text((tmp_path / "c.jsonl").read_text() + '\n{"text": "More."}')
+    assert prepare(small).folder != store.folder
+
+
+def garble(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "train.bin": garble,
+    "validation.bin": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "test.bin": lambda file: file.write_bytes(file.read_bytes()[:-2]),
+    "training_documents.bin": garble,
+    "validation_documents.bin": lambda file: file.unlink(),
+    "tokenizer.json": lambda file: file.write_bytes(file.read_bytes()[:1000]),
+    "store.json": lambda file: file.write_text(file.read_text().replace("0", "1", 1)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_store_is_said_and_built_again(small, name):
+    store = prepare(small)
+    before = {file.name: file.read_bytes() for file in store.folder.iterdir()}
+    DAMAGE[name](store.folder / name)
+    with pytest.warns(UserWarning, match=rf"damaged \({name}.*\); it is built again"):
+        again = prepare(small)
+    assert {file.name: file.read_bytes() for file in again.folder.iterdir()} == before
+
+
+def test_a_large_store_is_verified_while_training_and_once_per_machine(small, monkeypatch):
+    monkeypatch.setattr(verify, "AT_ONCE", 0)
+    store = prepare(small)
+    store.wait_until_verified()
+    assert prepare(small).verification is None  # this machine has verified it
+    garble(store.folder / "train.bin")
+    damaged = prepare(small)
+    with pytest.raises(ValueError, match=r"damaged \(train.bin\), so nothing .* is saved"):
+        damaged.wait_until_verified()
+    with pytest.warns(UserWarning, match="is built again"):
+        prepare(small).wait_until_verified()
+
+
+def test_the_identity_of_a_stream_is_that_of_its_pieces(small, monkeypatch):
+    monkeypatch.setattr(verify, "PIECE", 1000)
+    store = prepare(small)
+    content, pieces = (store.folder / "train.bin").read_bytes(), store.info["training"]["pieces"]
+    expected = [
+        hashlib.sha256(content[start : start + 1000]).hexdigest()
+        for start in range(0, len(content), 1000)
+    ]
+    assert pieces == expected and len(pieces) > 5
+
+
+def test_drafts_of_killed_builds_are_swept(small):
+    store = prepare(small)
+    stores = store.folder.parent
+    for name in (store.folder.name, "0" * 24, "1" * 24):
+        (stores / f"{name}.draft-12345678").mkdir()
+    (store.folder / "store.json").unlink()
+    with FileLock(stores / f"{'1' * 24}.lock"), pytest.warns(UserWarning, match="built again"):
+        prepare(small)  # while another process builds the last
+    assert [draft.name[0] for draft in stores.glob("*.draft-*")] == ["1"]
+
+
+def test_a_resumed_run_finds_its_store_by_the_tokenizer_in_its_checkpoint(small, tmp_path):
+    store = prepare(small)
+    store.tokenizer.save_pretrained(tmp_path / "checkpoint")
+    assert prepare(small, tokenizer=str(tmp_path / "checkpoint")).folder == store.folder
+    shutil.rmtree(store.folder)
+    rebuilt = prepare(small, tokenizer=str(tmp_path / "checkpoint"))
+    assert verify.data_hash(rebuilt.info) == verify.data_hash(store.info)
 
 
 def test_two_runs_may_build_the_same_store_at_once(smoke, text_file, tmp_path):
@@ -288,7 +490,22 @@ def test_two_runs_may_build_the_same_store_at_once(smoke, text_file, tmp_path):
     for thread in threads:
         thread.join()
     assert len(stores) == 4 and len({store.folder for store in stores}) == 1
-    assert [path.name for path in (tmp_path / ".tokens").iterdir()] == [stores[0].folder.name]
+    folders = [path.name for path in (tmp_path / ".tokens").iterdir() if path.is_dir()]
+    assert folders == [stores[0].folder.name]
+
+
+def test_a_store_is_tokenized_once_however_many_runs_want_it(small, monkeypatch):
+    builds = []
+    build = prepare_module._build
+    monkeypatch.setattr(
+        prepare_module, "_build", lambda *given: builds.append(build(*given)) or builds[-1]
+    )
+    threads = [threading.Thread(target=prepare, args=(small,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
 
 
 @pytest.mark.parametrize(
@@ -298,7 +515,7 @@ def test_two_runs_may_build_the_same_store_at_once(smoke, text_file, tmp_path):
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b"\n \n\t\n", "holds no text"),
         ("latin.txt", "Où est-il allé? ".encode("latin-1") * 100, "is not UTF-8 text"),
-        ("short.txt", b"Too short.", "less than one window"),
+        ("short.txt", b"Too short.", "is shorter than one window"),
         (
             "column.jsonl",
             b'{"body": "x"}\n',
@@ -327,16 +544,31 @@ def test_an_unusable_corpus_is_an_error_that_says_why(smoke, tmp_path, name, con
     with pytest.raises(ValueError) as caught:
         prepare(smoke(corpus=str(tmp_path / name), output_dir=tmp_path / "out"))
     assert message in str(caught.value)
-    assert not list((tmp_path / "out").glob("*")) or not list(
-        (tmp_path / "out" / ".tokens").glob("*.*")
-    )
+    assert not list((tmp_path / "out").glob(".tokens/*.draft*"))
 
 
-def test_a_corpus_without_line_breaks_is_cut_at_spaces(smoke, tmp_path):
+def test_long_lines_are_cut_at_spaces_and_gain_no_line_breaks(smoke, tmp_path):
     words = " ".join(f"word{n % 700}" for n in range(20_000))
     (tmp_path / "flat.txt").write_text(words)
-    texts = list(documents(str(tmp_path / "flat.txt"), smoke()))
-    assert len(texts) > 25 and "".join(texts).replace("\n", "") == words
+    texts = documents(str(tmp_path / "flat.txt"), smoke())
+    assert len(texts) > 25 and "".join(texts) == words + "\n"
+    assert all(text.endswith((" ", "\n")) for text in texts)
+
+
+def test_cutting_a_long_line_is_linear():
+    """Counts the characters that are copied: all of the rest for every piece would be quadratic."""
+
+    class Line(str):
+        copied = 0
+
+        def __getitem__(self, key):
+            part = str.__getitem__(self, key)
+            Line.copied += len(part)
+            return part
+
+    line = Line("word " * 100_000)
+    assert "".join(cut([line])) == line + "\n"
+    assert Line.copied < 3 * len(line)
 
 
 def test_a_vocabulary_smaller_than_the_bytes_cannot_be_trained(smoke, text_file):
