@@ -111,7 +111,7 @@ def clean(options: argparse.Namespace) -> int:
     if not options.yes and not sys.stdin.isatty():
         print("Nothing is deleted. To delete these: lmlib clean --yes")
         return 0
-    if not options.yes and input("Delete? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not options.yes and not _confirm("Delete? [y/N] "):
         print("Nothing is deleted.")
         return 0
     kept = [leftover for leftover in found if not delete(leftover)]
@@ -119,6 +119,14 @@ def clean(options: argparse.Namespace) -> int:
         print(f"{printable(str(leftover.path))} is in use now, so it is kept.")
     print(f"Deleted: {len(found) - len(kept)}.")
     return 0
+
+
+def _confirm(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def _format_size(size: int) -> str:

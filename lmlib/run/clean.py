@@ -98,9 +98,10 @@ def _hashes(folder: Path) -> dict | None:
 
 def _why_unused(folder: Path, is_used: bool) -> str:
     """Say why a folder in .tokens can be deleted; "" if it cannot."""
-    with _lock(folder) as is_free:
-        if not is_free:
-            return ""  # a process is building it
+    if _lock_file(folder).exists():
+        with _lock(folder) as is_free:
+            if not is_free:
+                return ""  # a process is building it
     if STORE.fullmatch(folder.name):
         return "" if is_used else "tokens that no run uses"
     if DRAFT.fullmatch(folder.name):
@@ -112,10 +113,14 @@ def _why_unused(folder: Path, is_used: bool) -> str:
     return ""
 
 
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name[:24]}.lock")
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Hold the lock under which a store is built, if it is free; yields whether it is."""
-    lock = FileLock(folder.with_name(f"{folder.name[:24]}.lock"))
+    lock = FileLock(_lock_file(folder))
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):
