@@ -114,7 +114,7 @@ def clean(options: argparse.Namespace) -> int:
     if not options.yes and not _confirm("Delete? [y/N] "):
         print("Nothing is deleted.")
         return 0
-    kept = [leftover for leftover in found if not delete(leftover)]
+    kept = delete(output_dir, found)
     for leftover in kept:
         print(f"{printable(str(leftover.path))} is in use now, so it is kept.")
     print(f"Deleted: {len(found) - len(kept)}.")

@@ -54,26 +54,27 @@ def find_leftovers(output_dir: Path) -> list[Leftover]:
     return [leftover for leftover in found if not leftover.path.is_symlink()]
 
 
-def delete(leftover: Leftover) -> bool:
-    """Delete what was found, unless a process has begun to use it; say whether it is gone.
+def delete(output_dir: Path, shown: list[Leftover]) -> list[Leftover]:
+    """Delete what was found, and return what was kept since a process uses it by now.
 
     Raises OSError if the system refuses.
     """
-    path = leftover.path
-    if path.parent.name == ".tokens":
-        with _lock(path) as is_free:
-            if is_free:
-                doomed = path.with_name(f"{path.name[:24]}.draft-{uuid.uuid4().hex[:8]}")
-                path.rename(doomed)  # nobody finds a store that is half-deleted
-                shutil.rmtree(doomed)
-        return is_free
-    if is_running(_run_of(path)):
-        return False
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    return True
+    unused = {leftover.path for leftover in find_leftovers(output_dir)}
+    return [leftover for leftover in shown
+            if leftover.path not in unused or not _delete(leftover.path)]
+
+
+def _delete(path: Path) -> bool:
+    """Delete a file or folder; False for a store that a process builds."""
+    if path.parent.name != ".tokens":
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        return True
+    with _lock(path) as is_free:
+        if is_free:
+            doomed = path.with_name(f"{path.name[:24]}.draft-{uuid.uuid4().hex[:8]}")
+            path.rename(doomed)  # nobody finds a store that is half-deleted
+            shutil.rmtree(doomed)
+    return is_free
 
 
 # ---- Token stores ----
@@ -140,7 +141,7 @@ def _has_ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        return False
+        pass  # another user's
     return False
 
 
@@ -155,11 +156,6 @@ def _run_leftovers(run: Path) -> Iterator[tuple[Path, str]]:
     for folder in (run, run / "evaluations"):
         for path in sorted(folder.glob(".*.draft")):
             yield path, "draft of a file whose write ended early"
-
-
-def _run_of(path: Path) -> Path:
-    is_inside = path.parent.name in ("checkpoints", "evaluations")
-    return path.parent.parent if is_inside else path.parent
 
 
 # ---- Files ----
