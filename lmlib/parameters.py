@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +14,34 @@ import yaml
 from lmlib.files import PROJECT_ROOT, resolve_path
 from lmlib.leaks import LEAKY
 
+# Parameters that may be paths, each with the word that never is one.
+PATHS = {"output_dir": None, "corpus": "shakespeare", "validation_corpus": "shakespeare",
+         "tokenizer": "train", "init_from": None}
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice instead of keeping the last."""
+    """A SafeLoader that refuses a key given twice, and whose numbers are decimal.
+
+    What YAML 1.1 reads in base 8, 16 or 60 (010, 0x10, 1:30) stays text, for `coerce` to judge.
+    """
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers
+                if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise yaml.constructor.ConstructorError(problem=f"given twice: {', '.join(twice)}")
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$"
+               r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"), list("-+.0123456789"))
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
@@ -67,7 +88,7 @@ def parse_overrides(pairs: Iterable[tuple[str, str]], hints: dict[str, Any]) -> 
     for name, text in pairs:
         is_text = name in hints and str in (hints[name], *get_args(hints[name]))
         try:
-            value = text if is_text else yaml.safe_load(text)
+            value = text if is_text else yaml.load(text, _StrictLoader)
         except (yaml.YAMLError, ValueError):
             value = text
         parameters[name] = None if is_text and text.lower() in ("null", "none") else value
@@ -81,14 +102,27 @@ def unknown_name(name: str, known: Iterable[str], what: str = "parameter") -> st
     return f"{name} is not a {what}{hint}"
 
 
+def absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return `parameters` with the paths that exist from the current folder made absolute.
+
+    They then mean the same to a process that starts in the project's root.
+    """
+    paths = {name: Path(parameters[name]).expanduser() for name, word in PATHS.items()
+             if parameters[name] not in (None, word)}
+    here = {name: str(path.absolute()) for name, path in paths.items()
+            if path.exists() and path.absolute() != PROJECT_ROOT / path}
+    return parameters | here
+
+
 def coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
     """Return (value as `hint`, None), or (value, what is wrong with it)."""
     if get_origin(hint) is Literal:
         choices = ", ".join(map(repr, get_args(hint)))
         problem = None if value in get_args(hint) else f"{name} is {value!r}; choose from {choices}"
         return value, problem
-    optional = types.NoneType in get_args(hint)
-    wanted = get_args(hint)[0] if optional else hint
+    kinds = get_args(hint) or (hint,)  # `int | Literal["best"] | None` has three
+    wanted, optional = kinds[0], types.NoneType in kinds
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if wanted is str and isinstance(value, Path):
         return str(value), None
     if wanted is float and type(value) is float and not math.isfinite(value):
@@ -97,13 +131,19 @@ def coerce(name: str, value: Any, hint: Any) -> tuple[Any, str | None]:
         return value, f"{name} is {value!r}; write text on one line"
     if type(value) is wanted or (value is None and optional):
         return value, None
-    # YAML reads 3e-4 as text, so text that spells a number becomes one.
+    if type(value) is str and value in words:
+        return value, None
+    # YAML reads 3e-4 and 010 as text, so text that spells a decimal number becomes one.
     is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
     if wanted in (int, float) and is_number:
+        with contextlib.suppress(ValueError):
+            if type(value) is str and wanted is int:
+                return int(value), None  # a float would round a large one
         with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
             if math.isfinite(number) and (wanted is float or number == int(number)):
                 return wanted(number), None
-    kinds = {int: "an integer", float: "a number", str: "text",
-             bool: "true or false (True or False in Python)"}
-    return value, f"{name} is {value!r}; write {kinds[wanted]}{' or null' if optional else ''}"
+    descriptions = {int: "an integer", float: "a number", str: "text",
+                    bool: "true or false (True or False in Python)"}
+    accepted = [descriptions[wanted], *map(repr, words), *(["null"] if optional else [])]
+    return value, f"{name} is {value!r}; write {' or '.join(accepted)}"

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from fileinput import FileInput
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmlib import checkpoint
 from lmlib.cli import look
+from lmlib.cli.parser import parse_step
 from lmlib.files import resolve_path
 from lmlib.generation import text as generation
 from lmlib.generation.settings import Settings, format_setting, parse_setting
@@ -21,7 +22,7 @@ from lmlib.text import printable
 
 HELP = """Type a prompt and press Enter. Ctrl-C stops the generation. These lines are commands:
   checkpoints               list the run's checkpoints
-  load <step>               use that checkpoint; load alone: the newest
+  load <step>               use that checkpoint; load best: lowest validation loss; load: newest
   params                    show the settings
   set <name> <value>        set temperature 0.7, set top_k 0, set stop_strings \\n
   again                     repeat the last prompt with the next seed
@@ -96,10 +97,8 @@ def _execute(session: Session, line: str):
             print(HELP)
         case ["checkpoints"]:
             look.checkpoints(argparse.Namespace(run=session.run))
-        case ["load", step] if not step.isdecimal():
-            raise ValueError(f"load {step}: write a step, as in load 500; load alone: the newest")
         case ["load"] | ["load", _]:
-            folder = checkpoint.find_checkpoint(session.run, *map(int, words[1:]))
+            folder = checkpoint.find_checkpoint(session.run, *map(_step_to_load, words[1:]))
             session.model, session.tokenizer = checkpoint.load(folder)
             print(f"Loaded {printable(folder.name.replace('checkpoint_step_', 'step '))}.")
         case ["params" | "set"]:
@@ -119,6 +118,14 @@ def _execute(session: Session, line: str):
         case _:
             session.prompt = line
             _generate(session)
+
+
+def _step_to_load(text: str) -> int | Literal["best"]:
+    try:
+        return parse_step(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"load {text}: write a step, as in load 500, or load best; load alone: "
+                         "the newest") from None
 
 
 def _generate(session: Session):

@@ -1,6 +1,7 @@
-"""lmlib audit, checkpoints, runs, stop."""
+"""lmlib audit, checkpoints, runs, stop, clean."""
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -91,3 +92,42 @@ def stop(options: argparse.Namespace):
         time.sleep(0.1)
     request.unlink(missing_ok=True)
     print("It is stopping.")
+
+
+def clean(options: argparse.Namespace) -> int:
+    """Show caches and drafts that no run uses, and delete them if that is confirmed."""
+    from lmlib.run.clean import delete, find_leftovers
+    output_dir = resolve_path(options.output_dir)
+    if not output_dir.is_dir():
+        raise ValueError(f"There is no folder {options.output_dir}.")
+    found = find_leftovers(output_dir)
+    if not found:
+        print(f"There is nothing to delete in {output_dir}.")
+        return 0
+    for leftover in found:
+        path = printable(str(leftover.path.relative_to(output_dir)))
+        print(f"{_format_size(leftover.size):>9}  {path}  ({leftover.why})")
+    print(f"{_format_size(sum(leftover.size for leftover in found)):>9}  in all")
+    if not options.yes and not sys.stdin.isatty():
+        print("Nothing is deleted. To delete these: lmlib clean --yes")
+        return 0
+    if not options.yes and not _confirm("Delete? [y/N] "):
+        print("Nothing is deleted.")
+        return 0
+    kept = delete(output_dir, found)
+    for leftover in kept:
+        print(f"{printable(str(leftover.path))} is in use now, so it is kept.")
+    print(f"Deleted: {len(found) - len(kept)}.")
+    return 0
+
+
+def _confirm(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

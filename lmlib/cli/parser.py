@@ -1,13 +1,14 @@
 """The commands of the terminal and their options."""
 
 import argparse
-import os
 import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from typing import Literal
 
+from lmlib.cli.display import accept_every_character, show, silence
 from lmlib.generation.settings import Settings, format_setting, parse_setting
 from lmlib.text import printable
 
@@ -18,19 +19,20 @@ NOTEBOOK_PACKAGES = {"IPython", "anywidget", "datasets", "ipywidgets", "matplotl
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (it failed) or 130 (Ctrl-C)."""
+    accept_every_character()
     options = parser().parse_args(arguments)
     try:
         # A command's module is imported only now, so that --help pays for no torch and no pandas.
         return pkgutil.resolve_name(f"lmlib.cli.{options.function}")(options) or 0
     except KeyboardInterrupt as stopped:
-        print("\n" + (printable(str(stopped)) or "Interrupted."), file=sys.stderr)
+        show("\n" + (printable(str(stopped)) or "Interrupted."), stream="stderr")
         return 130
     except BrokenPipeError:  # as in `lmlib runs | head`: what is still buffered has no reader
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
     except ModuleNotFoundError as error:
-        print(missing_packages(f"lmlib {options.command}", error), file=sys.stderr)
+        show(missing_packages(f"lmlib {options.command}", error), stream="stderr")
     except (ValueError, OSError) as error:
-        print(f"Error: {printable(str(error))}", file=sys.stderr)
+        show(f"Error: {printable(str(error))}", stream="stderr")
     return 1
 
 
@@ -56,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _add_recipe(add("notebook", "papermill:notebook", "train by executing notebooks/train.ipynb"))
     argument = add("generate", "generate:generate", "generate text with a run's model")
     argument("run", help="a run, a checkpoint, or a Hugging Face folder")
-    argument("--step", type=int, help="step of the checkpoint (newest)")
+    argument("--step", type=parse_step, help="step of the checkpoint, or best (newest)")
     argument("--mode", choices=("interactive", "batch"), help="(batch if there are prompts)")
     argument("--prompts", nargs="+", default=[], help="for batch mode; -: lines of standard input")
     argument("--prompts-file", metavar="FILE", help="with a prompt per line; -: standard input")
@@ -75,12 +77,23 @@ def parser() -> argparse.ArgumentParser:
     argument("--confirm", type=int, metavar="STEPS", help="then train there and nearby for STEPS")
     argument = add("audit", "look:audit", "check whether a model's scores can be trusted")
     argument("source", help="a run, a checkpoint, a Hugging Face folder or id")
-    argument("--step", type=int, help="step of the checkpoint (newest)")
+    argument("--step", type=parse_step, help="step of the checkpoint, or best (newest)")
     argument("--page", metavar="FILE.html", help="verdicts and figures (of a run: in its folder)")
     add("checkpoints", "look:checkpoints", "list a run's checkpoints")("run")
     add("runs", "look:runs", "list the runs")("output_dir", nargs="?", default="outputs")
     add("stop", "look:stop", "ask a run to save and stop, from anywhere")("run")
+    argument = add("clean", "look:clean", "delete caches and drafts that no run uses")
+    argument("output_dir", nargs="?", default="outputs", help="folder of runs (outputs)")
+    argument("--yes", action="store_true", help="delete without asking")
     return top
+
+
+def parse_step(text: str) -> int | Literal["best"]:
+    """Parse the step of a checkpoint as a person types it."""
+    if text != "best" and not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step; write one, as in 500, or best "
+                                         "(the lowest validation loss)")
+    return text if text == "best" else int(text)
 
 
 def _add_recipe(argument: Callable):

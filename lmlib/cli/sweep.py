@@ -2,11 +2,13 @@
 
 import argparse
 import signal
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+from lmlib.cli.display import show
 from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
 from lmlib.parameters import parse_overrides
+from lmlib.run.lock import hangup_signals
 from lmlib.text import printable
 
 
@@ -29,18 +31,24 @@ def _train_all(configs: list[RunConfig], jobs: int | None) -> int:
     """Train the runs of a sweep and print how each ended; return 1 if one failed."""
     from lmlib.analysis import ranking
     from lmlib.sweep import launch
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, *hangup_signals()):
+        signal.signal(number, _interrupt_once)
     folders = sorted({str(config.run_dir.parent) for config in configs})
-    print(f"{len(configs)} runs in {', '.join(folders)}.", flush=True)
+    show(f"{len(configs)} runs in {', '.join(folders)}.")
     states = []
     for number, outcome in enumerate(launch.sweep(configs, jobs), 1):
         states.append(outcome.state)
         reason = f": {printable(outcome.message)}" if outcome.state == "failed" else ""
-        print(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{reason}",
-              flush=True)
+        show(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{reason}")
     finished = [c.run_dir for c in configs if (c.run_dir / "results.json").exists()]
-    print("\n" + ranking.summary(finished))
+    show("\n" + ranking.summary(finished))
     return int("failed" in states)
+
+
+def _interrupt_once(number: int, frame: Any):
+    """Interrupt as Ctrl-C does, once: a terminal that closes may send SIGHUP again."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def find_rate(options: argparse.Namespace) -> int:

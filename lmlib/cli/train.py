@@ -1,11 +1,13 @@
 """lmlib train."""
 
 import argparse
-import contextlib
+from pathlib import Path
 from typing import get_type_hints
 
+from lmlib.cli.display import show
 from lmlib.config import RunConfig
 from lmlib.parameters import parse_overrides, read_parameters
+from lmlib.text import printable
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
@@ -21,15 +23,24 @@ def train(options: argparse.Namespace):
     from lmlib.run.records import describe
     from lmlib.run.start import find_start, greeting
     start = find_start(config)
-    print(greeting(start), flush=True)
+    show(greeting(start))
     if start.results:
         return
     try:
         for record in training.train(config, start):
-            print(describe(record, config.total_steps), flush=True)
+            show(describe(record, config.total_steps))
     except KeyboardInterrupt:
-        with contextlib.suppress(ModuleNotFoundError):  # drawing needs the notebook packages
-            from lmlib.analysis import figures
-            if config.run_dir.is_dir():  # not yet while a new run tokenizes its corpus
-                figures.save_curves(config.run_dir)
+        if config.run_dir.is_dir():  # not yet while a new run tokenizes its corpus
+            _draw_curves(config.run_dir)
         raise
+
+
+def _draw_curves(run_dir: Path):
+    """Draw the curves so far; an error is reported, since the run is saved."""
+    try:
+        from lmlib.analysis import figures
+        figures.save_curves(run_dir)
+    except ModuleNotFoundError:
+        return  # drawing needs the notebook packages
+    except Exception as error:
+        show(f"The curves cannot be drawn: {printable(str(error))}", stream="stderr")

@@ -12,14 +12,17 @@ from lmlib.parameters import unknown_name
 def run_config(namespace: dict[str, Any]) -> RunConfig:
     """Return the configuration that a notebook's variables describe: `run_config(globals())`.
 
-    Strongest first: what papermill injected, what was edited in the parameters cell, the file that
-    `recipe` names, the defaults. The cell lists every parameter, so one that equals its default
-    counts as not edited.
+    Strongest first: what papermill injected, what was edited in the parameters cell or a later one,
+    the file that `recipe` names, the defaults. The cell lists every parameter, so one that equals
+    its default counts as not edited.
     """
-    injected, assigned = _parameters(namespace)
+    injected, cells = _parameters(namespace)
+    defaults, assigned = RunConfig().to_dict(), {}
+    for cell in cells:  # a name misspelled in a cell that was corrected since is forgotten
+        known = {name: assigned[name] for name in assigned if name in {"recipe", *defaults}}
+        assigned = known | cell
     recipe = injected.pop("recipe", assigned.pop("recipe", None))
-    defaults = RunConfig().to_dict().items()
-    edited = dict(item for item in assigned.items() if item not in defaults)
+    edited = dict(item for item in assigned.items() if item not in defaults.items())
     return RunConfig.load(recipe, **edited | injected)
 
 
@@ -29,8 +32,8 @@ def notebook_folder(namespace: dict[str, Any]) -> Path:
     papermill may inject any parameter of RunConfig, so that one YAML file serves every notebook; a
     name that neither the notebook nor RunConfig has is a ValueError.
     """
-    injected, assigned = _parameters(namespace)
-    known = RunConfig().to_dict().keys() | assigned.keys()
+    injected, cells = _parameters(namespace)
+    known = set(RunConfig().to_dict()).union(*cells)
     if unknown := sorted(injected.keys() - known):
         lines = "\n".join(f"  - {unknown_name(name, known)}" for name in unknown)
         raise ValueError(f"Invalid parameters:\n{lines}")
@@ -42,22 +45,22 @@ def notebook_run(namespace: dict[str, Any]) -> Path:
     return notebook_folder(namespace) / namespace["run_name"]
 
 
-def _parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (what papermill injected, what the parameters cell assigned), by name.
+def _parameters(namespace: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what papermill injected, and what each cell with parameters assigned, by name.
 
     IPython keeps the executed cells in `In`; papermill's own starts with "# Parameters". Where
     cells are not kept (nbval, a plain dict), every public plain value counts as assigned.
     """
-    injected, assigned = {}, {}
+    injected, cells = {}, []
     for cell in namespace.get("In", []):
         names = re.findall(r"^(\w+)\s*=", cell, re.MULTILINE)
         values = {name: namespace[name] for name in names if name in namespace}
         if cell.lstrip().startswith("# Parameters"):
             injected = values
         elif values.keys() & {"run_name", "output_dir"}:
-            assigned = values
-    if not assigned:
+            cells.append(values)
+    if not any(cells):
         plain = str | int | float | list | dict | tuple | None
-        assigned = {name: value for name, value in namespace.items() if isinstance(value, plain)
-                    and not name.startswith("_") and name not in {"In", "Out", *injected}}
-    return injected, assigned
+        cells = [{name: value for name, value in namespace.items() if isinstance(value, plain)
+                  and not name.startswith("_") and name not in {"In", "Out", *injected}}]
+    return injected, cells

@@ -114,17 +114,24 @@ def run_status(run_dir: Path) -> str:
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether a process writes to the run, here or elsewhere; True where this user may not look."""
+    return _is_locked(run_dir) is not False or run_status(run_dir) == "running"
+
+
 @contextmanager
 def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
     """Yield a function that says why the run should stop, or "" if it should not.
 
-    Ctrl-C, SIGTERM and a file named `stop` ask; a second Ctrl-C interrupts at once.
+    Ctrl-C, SIGTERM, SIGHUP (unless it was ignored, as by nohup) and a file named `stop` ask; a
+    second Ctrl-C interrupts at once.
     """
     asked: list[str] = []
     (run_dir / "stop").unlink(missing_ok=True)  # it was meant for an earlier session
 
     def note(number: int, frame: Any):
-        if asked:
+        # Only Ctrl-C: a terminal that closes may send SIGHUP twice, a scheduler SIGTERM.
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
 
@@ -135,10 +142,17 @@ def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
         return asked[0] if asked else ""
 
     in_main = threading.current_thread() is threading.main_thread()  # signals arrive only there
-    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    signals = (signal.SIGINT, signal.SIGTERM, *hangup_signals()) if in_main else ()
     before = {number: signal.signal(number, note) for number in signals}
     try:
         yield reason
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hangup_signals() -> tuple[signal.Signals, ...]:
+    """Return SIGHUP where it exists and is not ignored, as nohup starts a process."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        return (signal.SIGHUP,)
+    return ()

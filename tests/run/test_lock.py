@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from lmlib.files import PROJECT_ROOT
-from lmlib.run.lock import hold_lock, lock_holder
+from lmlib.run.lock import hold_lock, is_running, lock_holder, stop_requests
 
 
 def test_lock_names_its_holder_and_is_free_afterwards(tmp_path):
@@ -51,6 +52,41 @@ def test_looking_at_a_lock_never_refuses_its_next_holder(tmp_path):
 def test_two_processes_that_look_do_not_see_each_other_as_the_holder(tmp_path):
     with looking(tmp_path / "run"):
         assert {lock_holder(tmp_path / "run") for _ in range(100)} == {None}
+
+
+def test_a_locked_run_and_one_that_beats_elsewhere_are_running(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert not is_running(run_dir)
+    with hold_lock(run_dir):
+        assert is_running(run_dir)
+    (run_dir / "heartbeat.json").write_text('{"machine": "another"}')
+    assert is_running(run_dir)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
+def test_signals_ask_to_stop_and_only_a_second_ctrl_c_interrupts(tmp_path, name):
+    before = signal.getsignal(signal.Signals[name])
+    with stop_requests(tmp_path) as reason:
+        assert reason() == ""
+        signal.raise_signal(signal.Signals[name])
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        assert reason() == name
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_sighup_stays_ignored_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests(tmp_path) as reason:
+            signal.raise_signal(signal.SIGHUP)
+            assert reason() == ""
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_core_imports_where_fcntl_is_missing():
