@@ -13,7 +13,7 @@ from lmlib.text import normalize
 
 NGRAM = 13  # words or tokens; a shorter run recurs by coincidence (arXiv:2005.14165, appendix C)
 NEAR = 0.5  # a document that shares this share of its words, in n-grams, is a near duplicate
-SHARED = 0.2  # share of held-out text that set phrases, stage directions and licenses may explain
+SHARED = 0.05  # share of held-out text that set phrases, stage directions and licenses may explain
 
 
 def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM) -> Report:
@@ -52,7 +52,18 @@ def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM
     return Report("split", False, f"{'; '.join([*found, shared_words])}.", [], fault, numbers)
 
 
-def check_windows(training: np.ndarray, windows: Tensor, n: int = NGRAM) -> Report:
+def check_lineage(trained, held_out, complete):
+    found = np.isin(held_out, trained)
+    share = float(found.mean()) if len(held_out) else 0.0
+    numbers = {"share": share}
+    if share > 0.01:
+        return Report("lineage", False, f"{found.sum()} of {len(held_out)} held-out documents were trained on.", numbers=numbers)
+    if not complete:
+        return Report("lineage", None, "lineage unknown", numbers=numbers)
+    return Report("lineage", True, "none", numbers=numbers)
+
+
+def check_windows(training: np.ndarray, windows: Tensor, n: int = NGRAM, context=None, starts=None) -> Report:
     """Check that held-out windows (W, T + 1) do not occur in the training tokens (tokens,)."""
     if windows.shape[1] < n:
         return Report("split", None, f"windows of {windows.shape[1]} tokens have no runs of {n}.")
