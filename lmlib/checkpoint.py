@@ -1,37 +1,41 @@
 """Checkpoints on disk: write, verify, choose, read.
 
 A checkpoint is a Hugging Face model folder. Its manifest, checkpoint.json, has the size and SHA-256
-of the model and tokenizer files and is written after them. training_state/ holds what resuming
-needs, with a manifest of its own (state.json). Tensors are safetensors and the rest is JSON, so
-nothing is ever unpickled.
+of the model and tokenizer files and is written after them. lineage.bin has the hashes of all
+documents that the model or an ancestor trained on (sorted, little-endian uint64). training_state/
+holds what resuming needs, with a manifest of its own (state.json). Tensors are safetensors and the
+rest is JSON or plain integers, so nothing is ever unpickled.
 """
 
-import hashlib
 import json
-import os
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import load_tokenizer
-from lmlib.files import file_sha256, read_mapping, resolve_path, sync_folder, utc_now, write_json
+from lmlib.files import read_mapping, resolve_path, sync_folder, utc_now
 from lmlib.leaks import LEAKY
 from lmlib.model import huggingface
+from lmlib.model.card import write_card
 from lmlib.model.huggingface import CheckpointError
+from lmlib.model.manifest import verify_manifest, write_manifest
 from lmlib.model.transformer import LanguageModel
 
 Tensors = dict[str, Tensor]
+Step = int | Literal["best"] | None  # None: the newest; "best": of the lowest validation loss
 
-FORMAT = 1
 STATES_KEPT = 2  # the newest checkpoints keep their training state: twice as large as the weights
 STEP_FOLDER = re.compile(r"checkpoint_step_(\d+)")
 
@@ -53,8 +57,7 @@ class Saver:
         if self.pool is None:
             save_checkpoint(run_dir, weights, optimizer, **rest)
         else:
-            copies = ({name: tensor.clone() for name, tensor in tensors.items()}
-                      for tensors in (weights, optimizer))
+            copies = copy_tensors(weights, optimizer)
             self.pending = self.pool.submit(save_checkpoint, run_dir, *copies, **rest)
 
     def check(self):
@@ -69,22 +72,39 @@ class Saver:
             pending.result()
 
 
+def copy_tensors(*groups: Tensors) -> list[Tensors]:
+    """Copy tensors on their device, which is quick, or to host memory if the device is full."""
+    try:
+        return [{name: tensor.clone() for name, tensor in group.items()} for group in groups]
+    except torch.cuda.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()  # after the handler, whose traceback holds the clones
+    return [{name: tensor.to("cpu", copy=True) for name, tensor in group.items()}
+            for group in groups]
+
+
 def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, config: RunConfig,
-                    tokenizer: Any, state: dict[str, Any], scheduled: bool, leaks: str = ""):
+                    tokenizer: Any, state: dict[str, Any], scheduled: bool,
+                    provenance: dict[str, Any], lineage: np.ndarray, leaks: str = ""):
     """Write checkpoints/checkpoint_step_<step>, all of it or nothing, and prune old ones.
 
     Everything is written and flushed to a draft folder, which is renamed into place at the end.
+    Then results.json, which is of fewer steps, is deleted.
 
     Args:
         weights, optimizer: from `huggingface.model_tensors` and `optim.state_tensors`.
         state: the fields of `run.prepare.Progress`, for state.json.
         scheduled: False for a checkpoint made on interruption, which a later one replaces.
+        provenance: for the manifest: "data" (hash of the run's tokens), "lineage" ("complete" or
+            "unknown") and "streams" (hashes of the training tokens of the run and its ancestors).
+        lineage: hashes of the training documents of the run and its ancestors, sorted uint64.
         leaks: the failed checks that `allow_leaks` let pass; they mark every file people read.
 
     Raises a CheckpointError if a weight is not finite or the disk refuses; older ones are intact.
     """
     step, parent = state["step"], run_dir / "checkpoints"
     final, draft = parent / f"checkpoint_step_{step}", parent / f".draft_step_{step}"
+    weights = _on_cpu(weights)  # first, since checking them where they are would take memory there
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise CheckpointError(
             f"The weights of step {step} are not all finite ({', '.join(broken[:3])}), so they are "
@@ -93,9 +113,16 @@ def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, conf
     try:
         shutil.rmtree(draft, ignore_errors=True)
         parent.mkdir(exist_ok=True)
-        check_space(parent, sum(t.nbytes for t in (*weights.values(), *optimizer.values())))
+        tensors = (*weights.values(), *optimizer.values(), lineage)
+        check_space(parent, sum(tensor.nbytes for tensor in tensors))
         (draft / "training_state").mkdir(parents=True)
-        model = _write_model(draft, weights, config, tokenizer, state, scheduled, leaks)
+        lineage.astype("<u8").tofile(draft / "lineage.bin")
+        huggingface.save_model(draft, weights, config, tokenizer, leaks)
+        model = write_manifest(draft, "checkpoint.json", {
+            "run": config.key(), "step": step, "val_loss": state["scores"]["val_loss"],
+            "val_loss_step": state["scored"], **provenance, **({LEAKY: leaks} if leaks else {}),
+            "timestamp": utc_now(), "scheduled": scheduled})
+        write_card(draft, config, state["scores"])  # after the manifest: people may edit it
         save_file(_on_cpu(optimizer), draft / "training_state" / "optimizer.safetensors")
         write_manifest(draft / "training_state", "state.json", {
             "run": model["run"], "model_sha256": model["files"]["model.safetensors"]["sha256"],
@@ -103,7 +130,7 @@ def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, conf
         sync_folder(draft / "training_state")
         sync_folder(draft)
         if final.exists():  # corrupted: the run resumed from an earlier one
-            shutil.rmtree(final)
+            final.rename(parent / f".deleted_step_{step}")
         draft.rename(final)  # atomic: a kill leaves a whole checkpoint or none
         sync_folder(parent)
     except (OSError, SafetensorError) as error:
@@ -111,43 +138,8 @@ def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, conf
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some "
             "space or choose another output_dir; the earlier checkpoints are intact.") from error
-    prune(run_dir)
-
-
-def _write_model(folder: Path, weights: Tensors, config: RunConfig, tokenizer: Any,
-                 state: dict[str, Any], scheduled: bool, leaks: str) -> dict[str, Any]:
-    """Write the Hugging Face folder and its manifest, which is returned."""
-    step, val_loss, val_loss_step = state["step"], state["scores"]["val_loss"], state["scored"]
-    save_file(_on_cpu(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    stock = huggingface.stock_config(config, tokenizer)
-    if leaks:
-        setattr(stock, LEAKY, leaks)
-    stock.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {name: getattr(tokenizer, name) for name in names}
-    write_json(folder / "generation_config.json",
-               {name: token for name, token in special.items() if token is not None})
-    manifest = write_manifest(folder, "checkpoint.json", {
-        "run": config.key(), "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
-        **({LEAKY: leaks} if leaks else {}), "timestamp": utc_now(), "scheduled": scheduled})
-    if leaks:  # after the manifest, since people may edit a model card
-        card = huggingface.model_card(config, step, val_loss, val_loss_step, leaks)
-        (folder / "README.md").write_text(card, "utf-8")
-    return manifest
-
-
-def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Flush the files of `folder` to disk, then write `name`: content, and their size and hash."""
-    files = {}
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())  # a manifest must not outlive its files in a power cut
-        files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    manifest = {"format": FORMAT, **content, "files": files}
-    manifest["digest"] = _digest(manifest)
-    write_json(folder / name, manifest)
-    return manifest
+    _try_to_delete(run_dir / "results.json")
+    prune(run_dir, getattr(config, "keep_checkpoints", None))
 
 
 def check_space(folder: Path, needed: int):
@@ -159,33 +151,44 @@ def check_space(folder: Path, needed: int):
             "free: free some space, raise checkpoint_every, or choose another output_dir.")
 
 
-def prune(run_dir: Path):
-    """Delete drafts, superseded checkpoints of interruptions, and all but the newest states."""
-    parent = run_dir / "checkpoints"
+def prune(run_dir: Path, keep: int | None = None):
+    """Delete what is no longer needed, and warn of what cannot be deleted: the next save retries.
+
+    That is drafts, superseded checkpoints of interruptions, all but the newest states, and all
+    scheduled checkpoints but the best and the newest `keep` (None: all stay).
+    """
+    parent, steps = run_dir / "checkpoints", checkpoint_steps(run_dir)
     for leftover in parent.glob(".*_step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for step in checkpoint_steps(run_dir)[:-1]:
-        folder = parent / f"checkpoint_step_{step}"
-        if read_mapping(folder / "checkpoint.json").get("scheduled") is False:
-            _remove(folder, parent / f".deleted_step_{step}")
+        _try_to_delete(leftover)
+    manifests = read_manifests(run_dir)
+    superseded = [step for step in steps[:-1] if manifests[step].get("scheduled") is False]
+    scheduled = {step: manifest for step, manifest in manifests.items()
+                 if manifest.get("scheduled") is True}
+    surplus = [] if keep is None else [*scheduled][:-keep]
+    for step in {*superseded, *surplus} - {*best_steps(scheduled)[:1]}:
+        _try_to_delete(parent / f"checkpoint_step_{step}", parent / f".deleted_step_{step}")
     for step in checkpoint_steps(run_dir)[:-STATES_KEPT]:
         state = parent / f"checkpoint_step_{step}" / "training_state"
-        if state.exists():
-            _remove(state, parent / f".deleted_step_{step}")
+        _try_to_delete(state, parent / f".deleted_step_{step}")
 
 
-def _remove(folder: Path, doomed: Path):
-    """Delete a folder after renaming it to `doomed`, so that nobody finds it half-deleted."""
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _try_to_delete(path: Path, doomed: Path | None = None):
+    """Delete a file or folder if it exists; warn if that fails.
+
+    A folder is renamed to `doomed` first, so that nobody finds it half-deleted.
+    """
+    try:
+        if path.is_dir():
+            shutil.rmtree(path.rename(doomed) if doomed else path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be deleted ({error}); the next checkpoint tries again.",
+                      stacklevel=2)
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---- Verify and choose ----
@@ -196,31 +199,31 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(STEP_FOLDER.fullmatch, names) if match)
 
 
-def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
-    """Return the manifest of `folder` if every file has the size and SHA-256 that it lists.
+def read_manifests(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Return the manifest of each step's checkpoint, unverified; {} for one that is unreadable."""
+    parent = run_dir / "checkpoints"
+    return {step: read_mapping(parent / f"checkpoint_step_{step}" / "checkpoint.json")
+            for step in checkpoint_steps(run_dir)}
+
+
+def best_steps(manifests: dict[int, dict[str, Any]]) -> list[int]:
+    """Return the steps that have a validation loss, the lowest first.
+
+    Of equal ones a loss measured at its own step comes first, then the later step.
+    """
+    losses = {step: manifest.get("val_loss") for step, manifest in manifests.items()}
+    scored = [step for step, loss in losses.items()
+              if isinstance(loss, int | float) and math.isfinite(loss)]
+    return sorted(scored, key=lambda step: (
+        losses[step], manifests[step].get("val_loss_step") != step, -step))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose files are those that it lists.
 
     Raises a CheckpointError that names the file otherwise.
     """
-    try:
-        manifest = json.loads((folder / name).read_bytes())
-        if manifest.pop("digest") != _digest(manifest):
-            raise CheckpointError(f"{folder} is corrupted: {name} does not match its own digest.")
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {manifest['format']}; this version of "
-                                  f"lmlib reads format {FORMAT}.")
-        for file, expected in manifest["files"].items():
-            path = folder / Path(file).name  # a manifest cannot point out of its folder
-            if not path.is_file():
-                raise CheckpointError(f"{folder} is corrupted: {file} is missing.")
-            if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{folder} is corrupted: {file} has changed.")
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is incomplete: {name} is missing.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is corrupted: {name} cannot be read "
-                              f"({type(error).__name__}).") from None
+    manifest = verify_manifest(folder, "checkpoint.json")
     if (match := STEP_FOLDER.fullmatch(folder.name)) and int(match[1]) != manifest.get("step"):
         raise CheckpointError(f"{folder} is misnamed: it contains step {manifest.get('step')}.")
     return manifest
@@ -228,7 +231,7 @@ def verify(folder: Path, name: str = "checkpoint.json") -> dict[str, Any]:
 
 def verify_state(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint's training state, if it belongs to these weights."""
-    model, state = verify(folder), verify(folder / "training_state", "state.json")
+    model, state = verify(folder), verify_manifest(folder / "training_state", "state.json")
     weights = model["step"], model["files"]["model.safetensors"]["sha256"]
     if (state.get("step"), state.get("model_sha256")) != weights:
         raise CheckpointError(f"{folder} is corrupted: its training state has other weights.")
@@ -244,16 +247,22 @@ def newest_good(run_dir: Path, with_state: bool = False, run: str | None = None)
         with_state: it must have a training state that verifies too.
         run: the run's `RunConfig.key()`; None takes that of the config.json in its folder.
     """
+    steps = reversed(checkpoint_steps(run_dir))
+    return _first_good(run_dir, steps, verify_state if with_state else verify, run)
+
+
+def _first_good(run_dir: Path, steps: Iterable[int], check: Callable,
+                run: str | None = None) -> Path | None:
     failures = []
-    for step in reversed(checkpoint_steps(run_dir)):
+    for step in steps:
         folder = run_dir / "checkpoints" / f"checkpoint_step_{step}"
         try:
-            _verify_of_run(folder, run, verify_state if with_state else verify)
+            _verify_of_run(folder, run, check)
         except CheckpointError as error:
             failures.append(str(error))
         else:
             for failure in failures:
-                warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=2)
+                warnings.warn(f"{failure} Falling back to step {step}.", stacklevel=3)
             return folder
     if failures:
         lines = "\n  - ".join(["No checkpoint is usable:", *failures])
@@ -267,11 +276,11 @@ def _verify_of_run(folder: Path, run: str | None = None, check: Callable = verif
     manifest = check(folder)
     if run is None and (recorded := RunConfig.recorded(folder.parent.parent)):
         run = recorded.key()
-    if run is not None and manifest.get("run", run) != run:
+    if manifest["format"] > 1 and run is not None and manifest.get("run", run) != run:
         raise CheckpointError(f"{folder} belongs to another run than the folder it is in.")
 
 
-def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
+def find_checkpoint(path: str | Path, step: Step = None) -> Path:
     """Return the model folder that `path` names: itself, or a checkpoint of that run.
 
     Without a `step` that is the newest that verifies. Raises a CheckpointError if there is none, it
@@ -289,10 +298,12 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
         return folder
     if not (folder / "checkpoints").is_dir():
         raise CheckpointError(f"{path} is neither a run with checkpoints nor a model folder.")
-    if step is None:
-        if newest := newest_good(folder):
-            return newest
-        raise CheckpointError(f"{path} has no checkpoint yet.")
+    if step in (None, "best"):
+        steps = best_steps(read_manifests(folder))
+        if found := newest_good(folder) if step is None else _first_good(folder, steps, verify):
+            return found
+        what = "checkpoint" if step is None else "checkpoint with a validation loss"
+        raise CheckpointError(f"{path} has no {what} yet.")
     if step not in (steps := checkpoint_steps(folder)):
         known = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"{path} has no checkpoint of step {step}; it has: {known}.")
@@ -303,7 +314,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
 
 # ---- Read ----
 
-def load(path: str | Path, step: int | None = None,
+def load(path: str | Path, step: Step = None,
          device: str = "cpu") -> tuple[LanguageModel, Any]:
     """Load a model, in float32 and evaluation mode, and its tokenizer.
 
@@ -324,3 +335,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_optimizer(folder: Path) -> Tensors:
     """Return the optimizer tensors of a verified checkpoint."""
     return load_file(folder / "training_state" / "optimizer.safetensors")
+
+
+def read_lineage(folder: Path) -> np.ndarray | None:
+    """Return the sorted hashes (uint64) in a verified checkpoint's lineage.bin; None without it."""
+    file = folder / "lineage.bin"
+    return np.fromfile(file, "<u8").astype(np.uint64) if file.is_file() else None

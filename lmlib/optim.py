@@ -91,7 +91,9 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
-    """Restore what `state_tensors` returned."""
+    """Restore what `state_tensors` returned; ValueError if other optimizers or shapes had it."""
+    if tensors:  # there are none before the first update
+        _check_state(state_shapes(model, optimizers), tensors)
     parameters = dict(model.named_parameters())
     states = {parameter: optimizer.state[parameter] for optimizer in optimizers
               for group in optimizer.param_groups for parameter in group["params"]}
@@ -101,9 +103,38 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
         states[parameters[name]][quantity] = tensor.to(parameters[name].device)
 
 
+def state_shapes(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Size]:
+    """Return the shapes of `state_tensors` after an update."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[p]}/{quantity}": torch.Size() if quantity == "step" else p.shape
+            for optimizer in optimizers for group in optimizer.param_groups
+            for p in group["params"] for quantity in _quantities(optimizer)}
+
+
+def _quantities(optimizer: Optimizer) -> tuple[str, ...]:
+    """Name the tensors that an optimizer keeps of a parameter."""
+    return ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+
+
+def _check_state(expected: dict[str, torch.Size], tensors: dict[str, Tensor]):
+    """Raise a ValueError if saved tensors are not those that a run's optimizers keep."""
+    def kind(keys: Iterable[str]) -> str:
+        return "muon" if any(key.endswith("/momentum") for key in keys) else "adamw"
+
+    found = {key: tensor.shape for key, tensor in tensors.items()}
+    if found == expected:
+        return
+    if (theirs := kind(found)) != (ours := kind(expected)):
+        raise ValueError(f"The saved optimizer state is that of {theirs}, and this run's optimizer "
+                         f"is {ours}: set optimizer to {theirs}, or init_state to weights.")
+    wrong = sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key))
+    raise ValueError(f"The saved optimizer state does not fit this model ({', '.join(wrong[:3])}): "
+                     "set init_state to weights.")
+
+
 def state_bytes(optimizers: list[Optimizer]) -> int:
     """Count the bytes of state: one tensor per parameter for Muon, two for AdamW."""
-    return sum(p.nbytes * (1 if isinstance(optimizer, Muon) else 2) for optimizer in optimizers
+    return sum(p.nbytes * len({*_quantities(optimizer)} - {"step"}) for optimizer in optimizers
                for group in optimizer.param_groups for p in group["params"])
 
 

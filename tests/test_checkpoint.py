@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ import lmlib
 from lmlib import checkpoint
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import huggingface
+from lmlib.model.manifest import digest
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def test_run_writes_the_documented_files(trained):
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "lineage.bin",
         "checkpoint.json",
     }
     folders = {
@@ -213,6 +216,51 @@ def test_files_outside_the_manifest_are_ignored(run):
     assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_20"
 
 
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "notes.txt", "README.md", "curve.png", ".gitattributes", "plots"]
+)
+def test_people_may_add_files_that_loading_never_reads(run, name):
+    file = run / "checkpoints" / "checkpoint_step_20" / name
+    file.mkdir() if name == "plots" else file.write_text("mine")
+    assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_20"
+
+
+UNLISTED = """model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json model.gguf
+    model-00001-of-00002.safetensors adapter_model.safetensors adapter_config.json tf_model.h5
+    special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt
+    tokenizer.model preprocessor_config.json modeling_evil.py"""
+
+
+@pytest.mark.parametrize("name", UNLISTED.split())
+def test_file_that_loading_might_read_must_be_in_the_manifest(run, name):
+    folder = run / "checkpoints" / "checkpoint_step_20"
+    (folder / name).write_text("{}")
+    with pytest.raises(huggingface.CheckpointError, match=f"does not list .*: {name}. Move them"):
+        checkpoint.verify(folder)
+    with pytest.warns(UserWarning, match="Falling back to step 15"):
+        assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_15"
+
+
+def test_index_that_redirects_to_other_weights_is_never_followed(run):
+    """Not in a checkpoint, and in a plain model folder no more than by transformers."""
+    folder = run / "checkpoints" / "checkpoint_step_20"
+    plain = shutil.copytree(folder, run / "model")
+    (plain / "checkpoint.json").unlink()
+    honest = load_file(folder / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in honest.items()}
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(zeros, "zeros.safetensors")})
+    for place in (folder, plain):
+        save_file(zeros, place / "zeros.safetensors", {"format": "pt"})
+        (place / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(huggingface.CheckpointError, match="zeros.safetensors"):
+        lmlib.load(run, step=20)
+    with pytest.warns(UserWarning, match="Falling back to step 15"):
+        assert checkpoint.newest_good(run).name == "checkpoint_step_15"
+    stock = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    for model in (stock, lmlib.load(plain)[0]):
+        assert model.model.embed_tokens.weight.equal(honest["model.embed_tokens.weight"])
+
+
 def test_unknown_step_is_an_error_that_lists_the_known_steps(run, tmp_path):
     with pytest.raises(
         huggingface.CheckpointError, match="no checkpoint of step 7; it has: 5, 10, 15, 20"
@@ -255,20 +303,30 @@ def test_weights_of_other_shapes_are_an_error_before_memory_is_allocated(run):
         lmlib.load(plain)
 
 
-def save_again(run, background=False, step=25, scheduled=True):
-    source = run / "checkpoints" / "checkpoint_step_20"
-    model, tokenizer = lmlib.load(run, 20)
+PROVENANCE = {"data": "d" * 64, "lineage": "complete", "streams": ["s" * 64]}
+LINEAGE = np.array([3, 2**40, 2**64 - 1], np.uint64)
+
+
+def save_again(
+    run, background=False, step=25, scheduled=True, val_loss=1.0, scored=None, keep=None, **extra
+):
+    """Save the newest checkpoint again as that of another step."""
+    source = checkpoint.newest_good(run, with_state=True)
+    model, tokenizer = lmlib.load(source)
     saver = checkpoint.Saver(background)
     optimizer = checkpoint.read_optimizer(source)
-    scores = {"scores": {"val_loss": 1.0}, "scored": step}
+    scores = {"scores": {"val_loss": val_loss}, "scored": step if scored is None else scored}
+    config = lmlib.RunConfig.load(run / "config.json")
+    object.__setattr__(config, "keep_checkpoints", keep)
     saver.save(
         run,
         huggingface.model_tensors(model),
         optimizer,
-        config=lmlib.RunConfig.load(run / "config.json"),
+        config=config,
         tokenizer=tokenizer,
         scheduled=scheduled,
         state={"step": step, **scores},
+        **{"provenance": PROVENANCE, "lineage": LINEAGE, **extra},
     )
     return saver, model
 
@@ -279,6 +337,29 @@ def test_background_save_copies_the_weights_when_called(run):
         for parameter in model.parameters():
             parameter.zero_()
     saver.wait()
+    first, second = (
+        load_file(run / f"checkpoints/checkpoint_step_{s}/model.safetensors") for s in (20, 25)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_full_device_is_copied_to_host_memory(run, monkeypatch):
+    """The copies that fitted are dropped before the others are made."""
+    real, copies = torch.Tensor.clone, []
+
+    def clone(tensor):
+        if len(copies) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        copies.append(real(tensor))
+        return copies[-1]
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    saver, model = save_again(run, background=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    saver.wait()
+    assert len(copies) == 3
     first, second = (
         load_file(run / f"checkpoints/checkpoint_step_{s}/model.safetensors") for s in (20, 25)
     )
@@ -308,6 +389,46 @@ def test_newest_two_keep_their_training_state_and_drafts_are_deleted(run):
     states = sorted(path.parent.name for path in run.glob("checkpoints/*/training_state"))
     assert states == ["checkpoint_step_20", "checkpoint_step_25"]
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_what_cannot_be_deleted_is_a_warning_and_a_later_save_deletes_it(run, monkeypatch):
+    real = shutil.rmtree
+
+    def protected(path, *args, **kwargs):
+        if path.name == ".deleted_step_15":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", protected)
+    with pytest.warns(UserWarning, match="step_15/training_state cannot be deleted"):
+        save_again(run)
+    assert checkpoint.newest_good(run, with_state=True).name == "checkpoint_step_25"
+    with pytest.warns(UserWarning, match="deleted_step_15 cannot be deleted"):
+        save_again(run, step=30)
+    monkeypatch.undo()
+    save_again(run, step=35)
+    assert checkpoint.checkpoint_steps(run) == [5, 10, 15, 20, 25, 30, 35]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_results_of_fewer_steps_are_deleted_once_the_new_checkpoint_is_there(run, monkeypatch):
+    real = checkpoint.sync_folder
+
+    def sync(folder):
+        if folder == run / "checkpoints":  # flushed after the rename
+            assert (run / "checkpoints" / "checkpoint_step_25").exists()
+            assert (run / "results.json").exists()
+        real(folder)
+
+    monkeypatch.setattr(checkpoint, "sync_folder", sync)
+    save_again(run)
+    assert not (run / "results.json").exists()
+
+
+def test_failed_save_leaves_the_results(run):
+    with pytest.raises(huggingface.CheckpointError):
+        save_again(run, lineage=np.broadcast_to(LINEAGE[0], 2**50))
+    assert (run / "results.json").exists()
 
 
 def test_checkpoint_of_an_interruption_is_deleted_by_a_later_save(run):
@@ -354,6 +475,141 @@ def test_checkpoint_of_another_run_is_skipped(run, smoke):
             assert checkpoint.newest_good(run, with_state).name == "checkpoint_step_20"
     with pytest.raises(huggingface.CheckpointError, match="belongs to another run"):
         lmlib.load(run, step=25)
+
+
+def test_provenance_and_lineage_come_back(run):
+    save_again(run)
+    folder = run / "checkpoints" / "checkpoint_step_25"
+    manifest = checkpoint.verify(folder)
+    assert manifest["format"] == 2 and "lineage.bin" in manifest["files"]
+    assert {name: manifest[name] for name in PROVENANCE} == PROVENANCE
+    assert (folder / "lineage.bin").read_bytes() == LINEAGE.astype("<u8").tobytes()
+    read = checkpoint.read_lineage(folder)
+    assert read.dtype == np.uint64 and read.tolist() == LINEAGE.tolist()
+
+
+def rewrite_manifest(file, drop=(), **changes):
+    """Change entries of a manifest, and its digest with them."""
+    content = json.loads(file.read_text())
+    dropped = {name: value for name, value in content.items() if name not in {*drop, "digest"}}
+    content = {**dropped, **changes}
+    file.write_text(json.dumps({**content, "digest": digest(content)}))
+
+
+def make_format_1(folder):
+    """Rewrite a checkpoint as the first version of lmlib wrote it, under a key of its own."""
+    (folder / "lineage.bin").unlink()
+    file = folder / "checkpoint.json"
+    files = json.loads(file.read_text())["files"]
+    del files["lineage.bin"]
+    rewrite_manifest(file, drop=PROVENANCE, format=1, run="0" * 64, files=files)
+    if (folder / "training_state").exists():
+        rewrite_manifest(folder / "training_state" / "state.json", format=1, run="0" * 64)
+
+
+def test_checkpoints_of_format_1_are_read(run):
+    for folder in (run / "checkpoints").iterdir():
+        make_format_1(folder)
+    newest = checkpoint.newest_good(run, with_state=True, run="1" * 64)
+    assert newest.name == "checkpoint_step_20"
+    assert checkpoint.read_lineage(newest) is None
+    assert lmlib.load(run)[0].config.hidden_size == lmlib.load(newest)[0].config.hidden_size
+    assert checkpoint.read_optimizer(newest) and checkpoint.read_state(newest)["step"] == 20
+
+
+def test_unknown_format_is_an_error(run):
+    folder = run / "checkpoints" / "checkpoint_step_20"
+    rewrite_manifest(folder / "checkpoint.json", format=3)
+    with pytest.raises(
+        huggingface.CheckpointError, match="has format 3; this version of lmlib reads formats 1 and"
+    ):
+        lmlib.load(run, 20)
+
+
+def set_losses(run, losses):
+    """Set what the manifests say of validation, by step: (loss, step at which it was measured)."""
+    for step, (loss, scored) in losses.items():
+        file = run / "checkpoints" / f"checkpoint_step_{step}" / "checkpoint.json"
+        rewrite_manifest(file, val_loss=loss, val_loss_step=scored)
+        state = file.parent / "training_state" / "state.json"
+        if state.exists():
+            rewrite_manifest(state, scored=scored)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({5: (3.0, 5), 10: (2.0, 10), 15: (2.5, 15), 20: (2.2, 20)}, 10),
+        ({5: (2.0, 5), 10: (2.0, 10), 15: (2.0, 15), 20: (2.2, 20)}, 15),
+        # The loss of step 10 stands in two manifests, and is that of one of them
+        ({5: (3.0, 0), 10: (2.0, 10), 15: (2.0, 10), 20: (2.2, 20)}, 10),
+        ({5: (float("nan"), 5), 10: (None, 10), 15: (float("inf"), 15), 20: (9.0, 20)}, 20),
+    ],
+)
+def test_best_checkpoint_has_the_lowest_validation_loss(run, losses, best):
+    set_losses(run, losses)
+    assert checkpoint.find_checkpoint(run, "best").name == f"checkpoint_step_{best}"
+
+
+def test_best_checkpoint_that_is_corrupted_is_passed_over(run):
+    set_losses(run, {5: (3.0, 5), 10: (2.0, 10), 15: (2.5, 15), 20: (2.6, 20)})
+    (run / "checkpoints" / "checkpoint_step_10" / "config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="step_10 is corrupted: .* Falling back to step 15"):
+        model, _ = lmlib.load(run, "best")
+    expected, _ = lmlib.load(run, 15)
+    assert model.lm_head.weight.equal(expected.lm_head.weight)
+    with pytest.raises(huggingface.CheckpointError, match="single model, so step=best"):
+        lmlib.load(run / "checkpoints" / "checkpoint_step_15", "best")
+    set_losses(run, dict.fromkeys((5, 15, 20), (None, 0)))
+    (run / "checkpoints" / "checkpoint_step_10" / "checkpoint.json").unlink()
+    with pytest.raises(huggingface.CheckpointError, match="has no checkpoint with a validation"):
+        lmlib.load(run, "best")
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(None, [5, 10, 15, 20, 25]), (1, [10, 25]), (2, [10, 20, 25]), (9, [5, 10, 15, 20, 25])],
+)
+def test_newest_checkpoints_and_the_best_are_kept(run, keep, kept):
+    set_losses(run, {5: (3.0, 5), 10: (0.5, 10), 15: (2.5, 15), 20: (2.6, 20)})
+    save_again(run, keep=keep)
+    assert checkpoint.checkpoint_steps(run) == kept
+    assert not list((run / "checkpoints").glob(".*"))
+    assert checkpoint.find_checkpoint(run, "best").name == "checkpoint_step_10"
+
+
+def test_checkpoint_of_an_interruption_is_not_one_of_those_to_keep(run):
+    set_losses(run, {5: (3.0, 5), 10: (0.5, 10), 15: (2.5, 15), 20: (2.6, 20)})
+    save_again(run, step=22, scheduled=False, val_loss=0.1, keep=2)
+    assert checkpoint.checkpoint_steps(run) == [10, 15, 20, 22]
+    save_again(run, step=25, keep=2)
+    assert checkpoint.checkpoint_steps(run) == [10, 20, 25]
+
+
+def test_checkpoint_whose_manifest_is_unreadable_is_kept(run):
+    """Its owner may have a copy of what is missing."""
+    (run / "checkpoints" / "checkpoint_step_5" / "checkpoint.json").unlink()
+    save_again(run, keep=1)
+    assert 5 in checkpoint.checkpoint_steps(run)
+
+
+def test_card_says_that_the_lineage_is_unknown_and_quotes_the_test_score_when_there_is_one(run):
+    save_again(run)
+    assert not (run / "checkpoints" / "checkpoint_step_25" / "README.md").exists()
+    save_again(run, step=30, provenance={**PROVENANCE, "lineage": "unknown"})
+    folder = run / "checkpoints" / "checkpoint_step_30"
+    card = (folder / "README.md").read_text()
+    assert "**Lineage unknown.**" in card and "leak" not in card.lower()
+    assert "Validation loss 1.0000 nats a token, of step 30" in card and "Test" not in card
+    config = lmlib.RunConfig.load(run / "config.json")
+    scores = {"val_loss": 1.0, "val_loss_stderr": 0.1, "val_documents": 30}
+    scores |= {"test_loss": 2.0, "test_loss_stderr": 0.5, "test_documents": 3}
+    checkpoint.write_card(folder, config, scores)
+    card = (folder / "README.md").read_text()
+    # By tables of the t distribution: 2.045 with 29 degrees of freedom, 4.303 with 2
+    assert "1.0000 nats a token (95 % interval 0.7955 to 1.2045, 30 documents)" in card
+    assert "2.0000 nats a token (95 % interval -0.1513 to 4.1513, few documents: 3)" in card
+    assert checkpoint.newest_good(run, with_state=True) == folder
 
 
 def test_code_in_a_model_folder_is_never_run(run, monkeypatch):

@@ -97,3 +97,50 @@ def test_optimizer_state_is_restored_from_named_tensors(name):
         torch.equal(a, b)
         for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True)
     )
+
+
+def trained_state(name, **shape):
+    """Return the optimizer state of a model after one update."""
+    config = RunConfig(vocab_size=300, optimizer=name, **shape)
+    model = LanguageModel(config)
+    optimizers = optim.build_optimizers(model, config)
+    ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return model, optimizers, optim.state_tensors(model, optimizers)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("shape", [{}, {"attention": "mha"}, {"feed_forward": "moe"}], ids=str)
+def test_shapes_of_the_state_are_known_before_the_first_update(name, shape):
+    model, optimizers, tensors = trained_state(name, **shape)
+    assert optim.state_shapes(model, optimizers) == {k: t.shape for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize(("source", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
+def test_state_of_another_optimizer_is_an_error_that_names_both(source, wanted):
+    _, _, tensors = trained_state(source)
+    config = RunConfig(vocab_size=300, optimizer=wanted)
+    model = LanguageModel(config)
+    optimizers = optim.build_optimizers(model, config)
+    with pytest.raises(
+        ValueError,
+        match=f"is that of {source}, and this run's optimizer is {wanted}: set optimizer to "
+        f"{source}, or init_state to weights",
+    ):
+        optim.load_state_tensors(model, optimizers, tensors)
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "unknown"])
+def test_state_of_another_model_is_an_error_that_names_a_tensor(change):
+    model, optimizers, tensors = trained_state("muon")
+    key = "model.embed_tokens.weight/exp_avg"
+    if change == "missing":
+        del tensors[key]
+    else:
+        tensors[key if change == "shape" else "model.extra/exp_avg"] = torch.zeros(3)
+    named = "model.extra" if change == "unknown" else key
+    with pytest.raises(ValueError, match=f"does not fit this model .*{named}"):
+        optim.load_state_tensors(model, optimizers, tensors)

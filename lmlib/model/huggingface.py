@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lmlib.config import MLA_ONLY, MLP_ONLY, MODEL, MOE_ONLY, RunConfig
+from lmlib.files import write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.transformer import LanguageModel
-from lmlib.text import printable
 
 NO_MASK = "lmlib_no_causal_mask"  # a setting of ours: no stock class can do without the mask
 
@@ -124,33 +125,19 @@ def _kind(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     return attentions[model_type], "moe" if dense == 0 else "mlp"
 
 
-def model_card(config: RunConfig, step: int, val_loss: float, scored: int, leaks: str) -> str:
-    """Return the README.md of a leaky checkpoint, with its loss at step `scored`."""
-    def quoted(text: str) -> str:
-        return f"`{printable(text).replace('`', chr(39))}`"
-
-    measured_on = ("windows that overlap training windows" if config.split == "windows" else
-                   f"validation documents of {quoted(config.validation_corpus or config.corpus)}")
-    return f"""---
-tags: [lmlib, leaky]
----
-# {config.run_name}, step {step}
-
-> **This model leaks ({leaks}).** It was trained with `allow_leaks: true`.
-> Do not compare its scores with those of other language models.
-
-{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, hidden size
-{config.hidden_size}, trained with lmlib on {quoted(config.corpus)}
-in windows of {config.sequence_length} tokens.
-
-Loss {val_loss:.4f} nats a token (of step {scored}), measured on {measured_on}.
-
-```python
-import lmlib
-
-model, tokenizer = lmlib.load("path/of/this/folder")
-```
-"""
+def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig, tokenizer: Any,
+               leaks: str = ""):
+    """Write a model folder: weights, which lie in host memory, configurations and tokenizer."""
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stock = stock_config(config, tokenizer)
+    if leaks:
+        setattr(stock, LEAKY, leaks)
+    stock.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(tokenizer, name) for name in names}
+    write_json(folder / "generation_config.json",
+               {name: token for name, token in special.items() if token is not None})
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -219,7 +206,7 @@ def _open_weights(folder: Path) -> dict[str, Any]:
     """Map each tensor's name to the open safetensors file that holds it."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     try:
-        if index.exists():
+        if index.exists() and not (folder / names[0]).exists():  # as transformers decides
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} points outside its folder.")

@@ -13,8 +13,8 @@ from lmlib.audit.causality import pattern
 from lmlib.cli.parser import main
 from lmlib.generation.settings import Settings
 from lmlib.leaks import LEAKY, Leaky
-from lmlib.model import huggingface
 from lmlib.model.attention import LatentAttention
+from lmlib.model.card import model_card
 from lmlib.notebook.playground import Playground
 from lmlib.run.run_audit import audit, scores_elsewhere
 from lmlib.run.start import find_start, open_store
@@ -375,9 +375,10 @@ def test_patterns_of_pairs_are_named(leaks, words):
 
 
 def test_a_model_card_quotes_the_name_of_the_corpus(smoke):
-    card = huggingface.model_card(smoke(corpus="a`b"), 3, 1.5, 2, "split")
+    manifest = {"step": 3, "val_loss_step": 2, LEAKY: "split"}
+    card = model_card(smoke(corpus="a`b"), manifest, {"val_loss": 1.5})
     assert (
         "`a'b`" in card
-        and "Loss 1.5000 nats a token (of step 2)" in card
+        and "Validation loss 1.5000 nats a token, of step 2" in card
         and "This model leaks (split)" in card
     )
