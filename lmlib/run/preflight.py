@@ -28,10 +28,13 @@ def before_training(start: Start, config: RunConfig, model: LanguageModel, store
     """
     reports = quick_checks(config, model, store)
     reports += [check_contamination(start.source, store, lineage), check_lineage_of(store, lineage)]
-    source = config.run_dir if start.resumes else start.source
-    if source and (theirs := known_leaks(source)):  # once leaky, always: it was trained so
+    if start.parent and (theirs := known_leaks(start.parent)):
         reports.append(Report("init_from", False,
                               f"the model that it starts from leaks ({theirs})."))
+    failed = {report.check for report in reports if report.passed is False}
+    before = known_leaks(config.run_dir) if start.resumes else ""
+    if before and not failed >= set(before.split(", ")):  # its weights were trained that way
+        reports.append(Report("earlier steps", False, f"they leaked ({before})."))
     leaks = [report for report in reports if report.passed is False]
     if leaks and not config.allow_leaks:
         found = "\n".join(f"  - {report.check}: {report.summary}" for report in leaks)
