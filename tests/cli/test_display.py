@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from process import SMOKE, command, start, wait_for
+from process import command, start, wait_for
 
 from lmlib.checkpoint import checkpoint_steps, verify_state
 from lmlib.files import PROJECT_ROOT
@@ -176,11 +176,3 @@ def test_a_notebook_from_another_folder_means_the_same_paths(text_file, tmp_path
     assert is_finished(tmp_path / "here" / "one")
     assert (tmp_path / "here" / "one" / "train.ipynb").exists()
     assert not (PROJECT_ROOT / "here").exists()
-
-
-def test_steps_are_numbers_or_best():
-    for name in ("generate", "audit"):
-        words = [sys.executable, "-m", "lmlib", name, str(SMOKE.parent), "--step", "first"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=PROJECT_ROOT)
-        assert done.returncode == 2
-        assert "'first' is not a step; write one, as in 500, or best" in done.stderr
