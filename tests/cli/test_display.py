@@ -32,7 +32,7 @@ def saved_step(run_dir) -> int:
 # Errors in printing
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_a_latin_1_terminal_shows_escapes_and_the_run_finishes(outputs, name):
     words = command(name, output_dir=outputs, run_name=f"latin-{name}")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_stops(outputs, tmp_path, name, number):
     assert saved_step(outputs / run_name) == step >= 3
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_a_terminal_that_is_gone_leaves_a_saved_run(outputs, tmp_path, name):
     """Closing a pseudo-terminal sends SIGHUP; what is printed later fails (EIO)."""
     run_name, log = f"gone-{name}", outputs / f"gone-{name}" / "metrics.jsonl"
@@ -127,7 +127,7 @@ def test_a_terminal_that_is_gone_leaves_a_saved_run(outputs, tmp_path, name):
     assert saved_step(outputs / run_name) == last["step"] >= 3
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_nohup_ignores_sighup(outputs, tmp_path, name):
     run_name, log = f"nohup-{name}", tmp_path / "log"
     words = command(name, output_dir=outputs, run_name=run_name, **LONG)
