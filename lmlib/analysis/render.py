@@ -112,6 +112,7 @@ def _add_axes(image: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
     axis = image.add_axes(paper.transform_bbox(Bbox.from_extents(x0, y0, x1, y1)).bounds)
     axis.set_xlabel(x.title.text or "", parse_math=False, color=GRAY)
     axis.set_ylabel(y.title.text or "", parse_math=False, color=GRAY)
+    axis.set_ylabel(y.title.text or "", parse_math=False, color=GRAY)
     if y.type == "log":
         axis.set_yscale("log")
     if x.type == "log":
