@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return "better", "worse" or "no difference found" (95 %); "few documents": none of them."""
+        """Return "better", "worse" or "no difference found" (95 %), or "few documents"."""
         if self.estimate.is_few:
             return "few documents"
         if abs(self.estimate.mean) <= self.estimate.half_width():
@@ -125,13 +125,14 @@ def read_evaluation(run_dir: str | Path, step: int | None = None) -> pd.DataFram
 
 def _rows(content: dict) -> pd.DataFrame:
     """Return an evaluation file's content as a frame; raise if it is not as it should be."""
-    columns = ["nats", "hits", "tokens", "bytes"]
-    rows = pd.DataFrame({name: content[name] for name in ["cluster", *columns]})
-    names, numbers = np.array(content["clusters"], dtype=str), rows.to_numpy(float)
-    if not len(rows) or not np.isfinite(numbers).all() or numbers.min() < 0:
+    columns = ["cluster", "nats", "hits", "tokens", "bytes"]
+    numbers = np.array([content[name] for name in columns], float)  # (columns, rows)
+    if not numbers.size or not np.isfinite(numbers).all() or numbers.min() < 0:
         raise ValueError("no rows, or numbers that are not finite")
-    rows["cluster"] = names[rows["cluster"].to_numpy()]
+    rows, names = pd.DataFrame(numbers.T, columns=columns), content["clusters"]
+    rows["cluster"] = [printable(str(names[int(number)])) for number in rows["cluster"]]
     rows.attrs = {name: content[name] for name in HEADER}
+    rows.attrs["unit"] = printable(str(content["unit"]))
     return rows
 
 
@@ -145,13 +146,14 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, size: str) -> pd.DataFram
 
     The same windows give a cluster equal sizes; otherwise the smaller size is its weight.
     """
-    both = cluster_sums(first).join(cluster_sums(second), how="inner", rsuffix="_other")
-    both = both[(both[size] > 0) & (both[f"{size}_other"] > 0)]
-    per = math.log(2) if size == "bytes" else 1.0
-    table = pd.DataFrame({"first": both["nats"] / both[size] / per,
-                          "second": both["nats_other"] / both[f"{size}_other"] / per})
+    first, second = cluster_sums(first), cluster_sums(second)
+    first, second = first[first[size] > 0], second[second[size] > 0]
+    names, per = first.index.intersection(second.index), math.log(2) if size == "bytes" else 1.0
+    first, second = first.loc[names], second.loc[names]
+    table = pd.DataFrame({"first": first["nats"] / first[size] / per,
+                          "second": second["nats"] / second[size] / per})
     return table.assign(difference=table["first"] - table["second"],
-                        size=both[[size, f"{size}_other"]].min(axis=1))
+                        size=np.minimum(first[size], second[size]))
 
 
 def difference_of(table: pd.DataFrame) -> Estimate:
