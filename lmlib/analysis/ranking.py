@@ -260,9 +260,10 @@ def summary(run_dirs: Iterable[str | Path]) -> str:
     lines, table = [], ranking(run_dirs)
     for model, row in table.iterrows():
         seeds, behind = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}", ""
-        if model in table.index[table["± seeds"].notna()]:
-            behind = (f", {row['behind the best']:+.3f} ± {row['± seeds']:.3f} (seeds) "
-                      f"± {row['± documents']:.3f} (documents) to the best")
+        if pd.notna(row["± seeds"]):
+            halves = [f" ± {row[f'± {of}']:.3f} ({of})" for of in ("seeds", "documents")
+                      if pd.notna(row[f"± {of}"])]
+            behind = f", {row['behind the best']:+.3f}{''.join(halves)} to the best"
         notes = f" ({row['notes']})" if row["notes"] else ""
         lines.append(f"{model}: {row['validation loss']:.3f} nats over {seeds}{behind}: "
                      f"{row['verdict']}{notes}")
