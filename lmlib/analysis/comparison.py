@@ -7,7 +7,6 @@ loss. The tokens of a document depend on each other, so the document is the stat
 import html
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,27 +157,27 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, size: str) -> pd.DataFram
 
 def difference_of(table: pd.DataFrame) -> Estimate:
     """Return the mean of `difference`, weighted by `size`, with its error over clusters."""
-    totals: Iterable = zip(table["difference"] * table["size"], table["size"], strict=True)
-    return clustered_mean((float(total), float(size)) for total, size in totals)
+    totals = table["difference"] * table["size"]
+    return clustered_mean(zip(totals.tolist(), table["size"].tolist(), strict=True))
 
 
 def figure(difference: Difference) -> go.Figure:
     """Draw each document's difference, sorted, with the mean and its 95 % interval."""
     values, estimate = sorted(difference.table["difference"]), difference.estimate
-    ends, half = [0.5, len(values) + 0.5], estimate.half_width()
+    half, few = estimate.half_width(), " (few documents)" if estimate.is_few else ""
+    lines = [("no difference", 6, 1.5, [0.0]), ("mean", 1, 2.5, [estimate.mean])]
+    if half is not None:  # the eighth color is the mean's, dashed
+        lines.append((f"95 % interval{few}", 8, 1.5, [estimate.mean - half, estimate.mean + half]))
     drawn = go.Figure()
-    few = " (few documents)" if estimate.is_few else ""
-    options = {"mode": "lines", "width": 1.5}
-    figures.add_line(drawn, 6, ends, [0.0, 0.0], "no difference", **options)
+    for name, number, width, heights in lines:
+        for height in heights:
+            figures.add_line(drawn, number, [0.5, len(values) + 0.5], [height] * 2, name,
+                             mode="lines", width=width, showlegend=height == heights[0])
     figures.add_line(drawn, 0, [*range(1, len(values) + 1)], values,
-                     f"a {difference.clustered_by.split()[0].removesuffix('s')}", mode="markers",
-                     size=8)
-    figures.add_line(drawn, 1, ends, [estimate.mean] * 2, "mean", mode="lines", width=2.5)
-    for sign in (-1, 1) if half is not None else ():
-        figures.add_line(drawn, 8, ends, [estimate.mean + sign * half] * 2,
-                         f"95 % interval{few}", showlegend=sign == 1, **options)
-    drawn.add_annotation(x=0.5, y=1, xref="paper", yref="paper", yanchor="bottom", showarrow=False,
-                         text=html.escape(str(difference)))
-    drawn = figures.styled(drawn, height=380, top=90)
-    drawn.update_xaxes(title_text=f"{difference.clustered_by}, sorted by their difference")
+                     difference.clustered_by, mode="markers", size=8)
+    drawn.add_annotation(x=0.5, y=1.02, xref="paper", yref="paper", yanchor="bottom",
+                         showarrow=False, text=html.escape(str(difference)))
+    figures.styled(drawn, height=380, top=90).update_layout(margin={"l": 80})
+    drawn.update_xaxes(title_text=f"{difference.clustered_by}, sorted by their difference",
+                       showticklabels=False)
     return drawn.update_yaxes(title_text=f"difference ({difference.unit})")

@@ -213,7 +213,8 @@ def _by_document(sums: pd.DataFrame | None, other: pd.DataFrame | None) -> Estim
     """Return the difference of two models in nats per token, clustered; None if not recorded."""
     if sums is None or other is None or not sums["tokens"].equals(other["tokens"]):
         return None
-    return clustered_mean(zip(sums["nats"] - other["nats"], sums["tokens"], strict=True))
+    nats = sums["nats"] - other["nats"]
+    return clustered_mean(zip(nats.tolist(), sums["tokens"].tolist(), strict=True))
 
 
 def _half_interval(losses: pd.DataFrame | np.ndarray) -> float:

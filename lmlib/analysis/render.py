@@ -122,7 +122,8 @@ def _add_axes(image: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
         axis.invert_yaxis()
     axis.grid(alpha=0.3)
     axis.patch.set_alpha(0)
-    axis.tick_params(colors=GRAY, labelsize=8, which="both")
+    axis.tick_params(colors=GRAY, labelsize=8, which="both",
+                     labelbottom=x.showticklabels is not False)
     axis.spines[:].set_color(GRAY)
     return axis
 

@@ -197,7 +197,7 @@ def test_the_figure_shows_each_document_the_mean_and_its_interval(tmp_path):
     found = comparison.compare(a, b)
     drawn = comparison.figure(found)
     lines = {trace.name: list(trace.y) for trace in drawn.data}
-    assert lines["a document"] == pytest.approx(sorted(np.subtract(A, B)))
+    assert lines["documents"] == pytest.approx(sorted(np.subtract(A, B)))
     assert lines["mean"] == [found.estimate.mean] * 2
     edges = [trace.y[0] for trace in drawn.data if trace.name == "95 % interval"]
     mean, half = found.estimate.mean, found.estimate.half_width()
