@@ -81,10 +81,10 @@ def check_contamination(source: Path | None, store: TokenStore, lineage: Lineage
             continue
         text = store.evaluation_text(split)
         stream = store.test if split == "test" else store.validation
-        for owner, tokens in [("", store.train), *((" of an ancestor", t) for t in ancestors)]:
+        of_ancestors = ((f"{split}, with an ancestor's text", tokens) for tokens in ancestors)
+        for name, tokens in [(split, store.train), *of_ancestors]:
             report = audit.check_windows(tokens, text.windows, n, stream, text.starts)
-            summary = f"{split}: {report.summary.rstrip('.')}{owner}"
-            reports.append(replace(report, summary=summary))
+            reports.append(replace(report, summary=f"{name}: {report.summary.rstrip('.')}"))
     failed = [report for report in reports if report.passed is False]
     worst = max(failed or reports, key=lambda report: report.numbers["share of tokens"])
     summary = "; ".join(report.summary for report in failed or reports)
