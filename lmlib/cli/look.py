@@ -47,7 +47,7 @@ def checkpoints(options: argparse.Namespace):
             manifests[step] = checkpoint.verify(folder)
         except ValueError as error:
             errors[step] = str(error)
-    best = min(manifests, key=lambda step: manifests[step]["val_loss"], default=None)
+    best = next(iter(checkpoint.best_steps(manifests)), None)
     for step, folder in folders.items():
         if not (line := errors.get(step)):
             manifest = manifests[step]
