@@ -139,7 +139,7 @@ def save_checkpoint(run_dir: Path, weights: Tensors, optimizer: Tensors, *, conf
             f"The checkpoint of step {step} could not be written to {parent}: {error}. Free some "
             "space or choose another output_dir; the earlier checkpoints are intact.") from error
     _try_to_delete(run_dir / "results.json")
-    prune(run_dir, getattr(config, "keep_checkpoints", None))
+    prune(run_dir, config.keep_checkpoints)
 
 
 def check_space(folder: Path, needed: int):
