@@ -137,7 +137,7 @@ def session(trainer_name: str, run: Path, plan: dict):
     """Train to the end or as far as `plan` allows; the exit status is one of those above."""
     trainer = {trainer.name: trainer for trainer in (OURS, THEIRS)}[trainer_name]
     sys.stdout = sys.stderr = output = io.StringIO()
-    logging.getLogger("transformers").addHandler(logging.StreamHandler(output))
+    logging.getLogger("transformers").handlers = [logging.StreamHandler(output)]
     calls, failure = iter(range(1, 10**9)), None
     for holder, name in trainer.writes:
         setattr(holder, name, with_faults(getattr(holder, name), calls, plan))
@@ -318,11 +318,11 @@ CORRUPTIONS: dict[str, Callable[[bytes, bytes], bytes | None]] = {
 def corrupted_checkpoints(subject: Subject, limit: int | None) -> tuple[Count, Count, Count]:
     """Corrupt each file of the newest checkpoint in each way that changes it, and resume.
 
-    Returns how often that was detected (an error or a warning that names the checkpoint or the
-    file, or a run that restored the file), how often it was detected or changed nothing, and how
-    often the run still ended correctly.
+    Returns how often that was noticed (an error or a warning that names the checkpoint or the
+    file, or a run that restored the file), how often no run ended with another result and not a
+    word of that, and how often the run still ended correctly.
     """
-    detected = harmless = correct = count = 0
+    noticed = harmless = correct = count = 0
     trainer, run, copy = subject.trainer, subject.folder / "cut", subject.folder / "kept"
     newest, earlier = (trainer.checkpoint.format(step) for step in (CUT, CUT - SAVE_EVERY))
     subject.start(run, stop_at=CUT)
@@ -336,15 +336,15 @@ def corrupted_checkpoints(subject: Subject, limit: int | None) -> tuple[Count, C
         shutil.copytree(copy, run)
         damage(run / newest / file, corrupted)
         status = subject.start(run, named=(Path(newest).name, Path(file).name))
-        is_detected = status in (WARNED, REFUSED) or content(run / newest / file) == data
+        is_noticed = status in (WARNED, REFUSED) or content(run / newest / file) == data
         is_correct = subject.is_correct(run)
-        detected += is_detected
-        harmless += is_detected or is_correct
+        noticed += is_noticed
+        harmless += is_correct or status != ENDED
         correct += is_correct
         count += 1
         shutil.rmtree(run)
         shutil.move(copy, run)
-    return (detected, count), (harmless, count), (correct, count)
+    return (noticed, count), (harmless, count), (correct, count)
 
 
 def damage(file: Path, corrupted: bytes | None):
@@ -598,9 +598,9 @@ def add_common_rows(
     early = random_kills(subject, options.kills // 2, 0.4 * seconds)
     add("killed soon after resuming", early)
     add("killed at each stage of a save", kills_in_saves(subject, calls))
-    detected, harmless, correct = corrupted_checkpoints(subject, options.corruptions)
-    add("corrupted checkpoints: detected", detected)
-    add("corrupted checkpoints: no undetected change of the result", harmless)
+    noticed, harmless, correct = corrupted_checkpoints(subject, options.corruptions)
+    add("corrupted checkpoints: named or repaired", noticed)
+    add("corrupted checkpoints: no silent change of the result", harmless)
     add("corrupted checkpoints: the run still ended correctly", correct)
     add("a finished run started again", finished_runs(subject))
     add("a NaN loss", nan_losses(subject))
