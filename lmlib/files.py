@@ -29,9 +29,13 @@ def display_path(path: Path) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a draft to write, flush it to disk and rename it to `path`: all of it or nothing."""
     draft = path.with_name(f".{path.name}.draft")
-    yield draft
-    flush(draft)
-    draft.replace(path)
+    try:
+        yield draft
+        flush(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)  # on a full disk its space is wanted
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1):

@@ -6,6 +6,7 @@ it needs derives from (seed, N), so a resumed run repeats the uninterrupted one 
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -23,6 +24,7 @@ from lmlib.data.verify import data_hash
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import complete, generate_ids
+from lmlib.model import card
 from lmlib.model.huggingface import model_tensors
 from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
@@ -333,10 +335,16 @@ def finish(run: Run) -> Record:
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
     done = emit(run, "done", results, **timing)
-    with suppress(ModuleNotFoundError):  # the notebook packages may not be installed
-        from lmlib.analysis import figures
-        figures.save_curves(run_dir)
     write_json(run_dir / "results.json", {
         **results, **timing, "measured_on": measured_on(config, run.store.info),
         "audit": run.audit})
+    card.write_card(run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}", config,
+                    results)
+    try:
+        from lmlib.analysis import figures
+        figures.save_curves(run_dir)
+    except ModuleNotFoundError:
+        pass  # the notebook packages may not be installed
+    except Exception as error:  # of any kind: the results stand without a picture
+        warnings.warn(f"The curves cannot be drawn: {error}", stacklevel=2)
     return done

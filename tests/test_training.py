@@ -1,5 +1,6 @@
 """The training loop: records, exact resume, errors, stopping, and losses that are not finite."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lmlib import checkpoint, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
 from lmlib.run.lock import hold_lock
+from lmlib.run.records import read_records
 from lmlib.run.start import build_model, find_start, greeting, open_store
 
 
@@ -128,7 +131,7 @@ def test_interrupted_run_resumes_bit_for_bit(smoke, text_file, threads, optimize
     records = list(lmlib.train(whole))
     expected = fingerprint(whole.run_dir)
     interrupted = smoke(**shape)
-    interruptions = [("step", 3), ("eval", 5), ("checkpoint", 5), ("step", 9), ("checkpoint", 10)]
+    interruptions = [("step", 3), ("eval", 5), ("step", 7), ("step", 9)]
     for kind, step in interruptions:
         run = lmlib.train(interrupted)
         for record in run:
@@ -157,7 +160,7 @@ def test_raising_total_steps_extends_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
-    assert "stretched to the new end" in greeting(find_start(longer))
+    assert "schedule, which ended at step 5, is stretched to it" in greeting(find_start(longer))
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
     lines = [
@@ -165,8 +168,121 @@ def test_raising_total_steps_extends_a_finished_run(smoke):
     ]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 11))
     assert [line["kind"] for line in lines].count("done") == 1
-    with pytest.raises(ValueError, match="total_steps is 5 and was 10; it may only grow"):
+    with pytest.raises(ValueError, match="is at step 10, beyond total_steps 5"):
         list(lmlib.train(config))
+
+
+def test_results_stay_until_a_longer_run_has_saved(smoke):
+    config = smoke(total_steps=5, checkpoint_every=5)
+    list(lmlib.train(config))
+    before = (config.run_dir / "results.json").read_bytes()
+    run = lmlib.train(replace(config, total_steps=20))
+    assert next(run).step == 6
+    assert (config.run_dir / "results.json").read_bytes() == before
+    run.close()  # which saves step 6
+    assert not (config.run_dir / "results.json").exists()
+    done = list(lmlib.train(replace(config, total_steps=20)))[-1]
+    assert done.test_steps == [5, 20]
+
+
+def test_total_steps_may_be_lowered_to_any_step_still_to_come(smoke):
+    config = smoke(total_steps=20, eval_every=20, checkpoint_every=20)
+    stop_at(config, 7)
+    for total_steps in (10, 7):
+        copy = replace(config, run_name=f"{config.run_name}-{total_steps}")
+        shutil.copytree(config.run_dir, copy.run_dir)
+        shorter = replace(copy, total_steps=total_steps)
+        greeted = greeting(find_start(shorter))
+        assert "schedule, which ended at step 20, is shortened to it" in greeted
+        done = list(lmlib.train(shorter))[-1]
+        assert (done.kind, done.step) == ("done", total_steps)
+        assert json.loads((copy.run_dir / "results.json").read_text())["val_loss"] == done.val_loss
+    with pytest.raises(ValueError, match="is at step 7, beyond total_steps 6"):
+        find_start(replace(config, total_steps=6))
+
+
+def stop_at(config, step: int):
+    """Train to a step and leave."""
+    run = lmlib.train(config)
+    for record in run:
+        if record.step == step:
+            break
+    run.close()
+
+
+# ---- The consumer of the records ----
+
+
+def test_closing_the_generator_completes_the_records_of_the_step_and_saves(smoke):
+    config = smoke(eval_every=3, checkpoint_every=20)
+    run = lmlib.train(config)
+    for record in run:
+        if record.kind == "step" and record.step == 6:
+            break
+    run.close()
+    kinds = [r["kind"] for r in read_records(config.run_dir) if r["step"] == 6]
+    assert kinds == ["step", "eval", "sample"]
+    assert checkpoint.checkpoint_steps(config.run_dir) == [6]
+    whole = smoke(eval_every=3, checkpoint_every=20)
+    list(lmlib.train(whole))
+    list(lmlib.train(config))
+    assert fingerprint(config.run_dir) == fingerprint(whole.run_dir)
+
+
+def test_an_exception_in_the_consumer_leaves_a_saved_run(smoke):
+    config = smoke()
+
+    def consume():
+        for record in lmlib.train(config):
+            if record.step == 7:
+                raise RuntimeError("the display failed")
+
+    with pytest.raises(RuntimeError, match="the display failed"):
+        consume()
+    assert checkpoint.checkpoint_steps(config.run_dir) == [5, 7]
+
+
+def test_leaving_before_the_first_step_saves_nothing_and_at_the_last_finishes(smoke):
+    config = smoke(total_steps=6)
+    run = lmlib.train(config)
+    next(run)
+    run.close()
+    assert checkpoint.checkpoint_steps(config.run_dir) == []
+    stop_at(config, 6)
+    assert json.loads((config.run_dir / "results.json").read_text())["total_steps"] == 6
+
+
+def test_max_hours_saves_and_stops_in_time(smoke, monkeypatch):
+    config = smoke(total_steps=1000, eval_every=1000, checkpoint_every=1000, max_hours=1.0)
+    began, looks = time.monotonic(), itertools.count(1)
+    clock = SimpleNamespace(monotonic=lambda: began + 60 * next(looks))  # a step takes a minute
+    monkeypatch.setattr("lmlib.run.deadline.time", clock)
+    with pytest.raises(training.Stopped, match=r"of 1000 \(max_hours\)\. The checkpoint is saved"):
+        list(lmlib.train(config))
+    [step] = checkpoint.checkpoint_steps(config.run_dir)
+    assert 50 < step < 60  # an hour's steps, less what the last step and its save may take
+
+
+# ---- What may change ----
+
+
+def test_before_the_first_checkpoint_anything_may_change(smoke):
+    """A run that was killed for memory in its first step, and is started again with less."""
+    config = smoke()
+    run = lmlib.train(config)
+    next(run)
+    run.close()
+    assert (config.run_dir / "config.json").exists()
+    smaller = replace(config, micro_batch_size=2, hidden_size=64, total_steps=2)
+    assert list(lmlib.train(smaller))[-1].kind == "done"
+
+
+def test_micro_batch_size_may_change_and_is_said_not_to_be_exact(smoke):
+    config = smoke(total_steps=6, checkpoint_every=3)
+    stop_at(config, 3)
+    with pytest.warns(UserWarning, match="not bit-identical: micro_batch_size was None, is 2"):
+        records = list(lmlib.train(replace(config, micro_batch_size=2)))
+    assert records[-1].kind == "done"
 
 
 def test_other_parameters_for_a_runs_folder_are_an_error_and_change_nothing(smoke, trained):

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from lmlib.analysis import frames, render
 from lmlib.files import resolve_path
+from lmlib.intervals import FEW, student_t
 from lmlib.leaks import LEAKY_NAME
 
 # Okabe and Ito's palette, which color-blind readers can tell apart. From the eighth run on it
@@ -75,6 +76,7 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
                      legendgroup=run, showlegend=shown, row=1 + panel // 3, col=1 + panel % 3)
     for panel, (_, scale, _) in enumerate(PANELS):
         figure.update_yaxes(type=scale, row=1 + panel // 3, col=1 + panel % 3)
+    figure.update_yaxes(title_text="bars: 95 % over documents", row=1, col=1)
     figure.update_xaxes(type="log" if log_x else "linear")
     figure.update_xaxes(title_text=frames.AXES[x], row=2)
     buttons = [{"label": f"{scale} loss", "method": "relayout", "args": [{"yaxis.type": scale}]}
@@ -113,9 +115,22 @@ def _line(rows: pd.DataFrame, x: str, column: str, name: str, style: dict) -> di
         low = values.fillna(np.inf).groupby(intervals).idxmin()
         high = values.fillna(-np.inf).groupby(intervals).idxmax()
         rows = rows.loc[sorted({*low, *high, rows.index[-1]})]
-    errors = rows.get(f"{column}_stderr", pd.Series()).dropna().clip(lower=0)
+    errors = half_intervals(rows) if column == "val_loss" else []
     return {"x": rows[x].tolist(), "y": rows[column].tolist(), "name": name, **style,
-            "error": errors.reindex(rows.index).tolist() if len(errors) else None}
+            "error": errors if np.isfinite(errors).any() else None}
+
+
+def half_intervals(evals: pd.DataFrame) -> list[float]:
+    """Return half the 95 % interval over documents of each validation loss, NaN where unknown.
+
+    Fewer than FEW documents give no bar, as it would say nothing and hide the curve.
+    """
+    if not {"val_loss_stderr", "val_documents"} <= set(evals):
+        return []
+    documents = evals["val_documents"].where(evals["val_documents"].between(FEW, 2**53))
+    quantiles = {count: student_t(0.975, count - 1) for count in documents.dropna().unique()}
+    errors = evals["val_loss_stderr"].where(evals["val_loss_stderr"] >= 0)
+    return (errors * documents.map(quantiles)).tolist()
 
 
 def color_of(number: int) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lmlib.config import RunConfig, unused_parameters
 from lmlib.files import read_mapping, resolve_path
+from lmlib.intervals import FEW
 from lmlib.leaks import LEAKY, LEAKY_NAME, known_leaks
 from lmlib.run.lock import run_status
 from lmlib.run.records import parse_record
@@ -21,12 +22,15 @@ from lmlib.text import format_duration, printable
 
 NOT_NUMBERS = {"run", "kind", "path", "prompts", "texts", "model_name", "notes", "verdicts", LEAKY,
                "leaks", "windows", "expert_load", "steps_skipped", "val_loss_by_position",
-               "val_accuracy_by_position"}
+               "val_accuracy_by_position", "test_steps", "lineage"}
 AXES = {"step": "step", "tokens": "tokens trained", "minutes": "minutes of training",
         "flops": "floating-point operations"}
-SCORES = ["validation loss", "± standard error", "best", "at step", "accuracy", "perplexity",
-          "bits per byte"]
+SCORES = ["validation loss", "± standard error", "documents", "best", "at step", "accuracy",
+          "perplexity", "bits per byte"]
+TEST_SCORES = ["test loss", "± test", "test bits per byte"]
 COSTS = ["parameters", "active", "minutes", "FLOPs"]
+# What a run of an older version, which does not know these parameters, did instead.
+ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None}
 
 
 def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:
@@ -121,8 +125,14 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
     leaks, split = known_leaks(folder), str(environment(folder, "audit", "verdicts").get("split"))
     losses = [frame.loc[frame["kind"] == kind, column]
               for kind, column in (("step", "loss"), ("eval", "val_loss")) if column in frame]
+    tested = read_mapping(folder / "results.json").get("test_steps")
+    tested = tested if isinstance(tested, list) else []
+    documents = last_documents(frame)
     notes = {
         f"it LEAKS ({printable(leaks)})": leaks,
+        "lineage unknown": lineage(folder) == "unknown",
+        f"few documents ({documents:.0f})": documents < FEW,
+        f"its test text was scored at {len(tested)} steps": len(tested) > 1,
         "its training text contains validation text (see the audit)":
             not leaks and split.startswith("FAIL"),
         "no records yet": frame.empty,
@@ -133,6 +143,19 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
         "some losses are not finite":
             any(loss.isna().any() for loss in losses) or "nonfinite" in set(frame["kind"])}
     return [note for note, holds in notes.items() if holds]
+
+
+def lineage(folder: Path) -> str:
+    """Return "complete" if all that a run and its ancestors trained on is known, else "unknown"."""
+    known = read_mapping(folder / "environment.json").get("lineage")
+    has_parent = read_mapping(folder / "config.json").get("init_from") is not None
+    return "unknown" if known == "unknown" or (known is None and has_parent) else "complete"
+
+
+def last_documents(frame: pd.DataFrame) -> float:
+    """Return the number of documents of a run's last evaluation; NaN if it was not recorded."""
+    evals = frame[frame["kind"] == "eval"]
+    return evals["val_documents"].iloc[-1] if len(evals) and "val_documents" in evals else np.nan
 
 
 def headline(frame: pd.DataFrame, run: str) -> str:
@@ -165,9 +188,10 @@ def samples_at(frame: pd.DataFrame, step: float = np.inf) -> list[tuple[str, str
 
 
 def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run: its last and best validation scores, size, cost and state.
+    """Return one row per run: its last and best validation scores, test scores, size, cost, state.
 
-    Takes the runs' folders, or the frame that `read_runs` made of them.
+    Takes the runs' folders, or the frame that `read_runs` made of them. A standard error without a
+    number of documents is left out: older versions took windows for independent.
     """
     frame, rows = run_dirs if isinstance(run_dirs, pd.DataFrame) else read_runs(run_dirs), {}
     for run, folder in frame.attrs["runs"].items():
@@ -175,15 +199,20 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
         scores, evals = [np.nan] * len(SCORES), records[records["kind"] == "eval"]
         if "val_loss" in evals and len(evals := evals.dropna(subset="val_loss")):
             last, best = evals.iloc[-1], evals.loc[evals["val_loss"].idxmin()]
-            scores = [last["val_loss"], last.get("val_loss_stderr"), best["val_loss"], best["step"],
+            documents = last.get("val_documents", np.nan)
+            error = last.get("val_loss_stderr") if documents > 1 else np.nan
+            scores = [last["val_loss"], error, documents, best["val_loss"], best["step"],
                       *map(last.get, ["val_accuracy", "val_perplexity", "val_bits_per_byte"])]
-        rows[run] = [int(records["step"].max()) if len(records) else 0, *scores,
+        results = read_mapping(Path(folder) / "results.json")
+        tested = map(results.get, ["test_loss", "test_loss_stderr", "test_bits_per_byte"])
+        rows[run] = [int(records["step"].max()) if len(records) else 0, *scores, *tested,
                      model.get("parameter_count"), model.get("active_parameter_count"),
                      records["minutes"].max(), records["flops"].max(),
                      "; ".join([run_status(Path(folder)), *frame.attrs["notes"][run]])]
-    columns, counts = ["steps", *SCORES, *COSTS, "state"], ["at step", "parameters", "active"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    table[[*SCORES, *COSTS]] = table[[*SCORES, *COSTS]].apply(pd.to_numeric, errors="coerce")
+    numbers, counts = [*SCORES, *TEST_SCORES, *COSTS], ["documents", "at step", "parameters",
+                                                        "active"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["steps", *numbers, "state"])
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
     table[counts] = table[counts].replace([np.inf, -np.inf], np.nan).round().astype("Int64")
     return table.rename_axis("run")
 
@@ -202,9 +231,12 @@ def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = Tr
 
 
 def whole_config(folder: Path) -> dict[str, Any]:
-    """Return a run's parameters: defaults for later ones, "-" for those that its model ignores."""
+    """Return a run's parameters; "-" for those that its model ignores.
+
+    A parameter of a later version has the value that means "absent", whatever today's default is.
+    """
     config = read_mapping(folder / "config.json")
-    config = {**RunConfig().to_dict(), **config} if config else {}
+    config = {**RunConfig().to_dict(), **ABSENT, **config} if config else {}
     ignored = unused_parameters(str(config.get("attention")), str(config.get("feed_forward")))
     config |= dict.fromkeys(ignored & config.keys(), "-")
     return {printable(name): printable(value) if isinstance(value, str) else value

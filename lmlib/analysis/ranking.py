@@ -12,26 +12,36 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lmlib.analysis import figures, frames
+from lmlib.analysis import comparison, figures, frames
+from lmlib.intervals import Estimate, clustered_mean, student_t
 from lmlib.leaks import LEAKY_NAME
 from lmlib.run.lock import run_status
 
 # Runs that differ in nothing but these are of one model.
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every",
-                 "checkpoint_every"}
+                 "checkpoint_every", "micro_batch_size", "score_test", "keep_checkpoints",
+                 "max_hours"}
+BEHIND = ["behind the best", "± seeds", "± documents"]
+UNKNOWN = "lineage unknown"
+CONDITIONS = ("95 % intervals for all pairs together; ± seeds: other seeds on these documents; "
+              "± documents: other documents with these trained models.")
 
 
 def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """Return `results_table` with each run's seed, model, and the text it was evaluated on."""
+    """Return `results_table` with each run's seed, model, folder, and what it was evaluated on."""
     folders, rows = frames.named_folders(run_dirs), []
     for folder in folders.values():
-        config, hashes = frames.whole_config(folder), frames.environment(folder, "fingerprints")
+        config, hashes = frames.whole_config(folder), frames.environment(folder, "data")
+        old = frames.environment(folder, "fingerprints")  # what older versions recorded
         kept = {name: value for name, value in config.items() if name not in NOT_THE_MODEL}
         # Losses on other windows, or in other tokens, cannot be compared.
-        text = [hashes.get("validation.bin"), hashes.get("tokenizer.json"),
+        text = [hashes.get("validation", old.get("validation.bin")),
+                hashes.get("tokenizer", old.get("tokenizer.json")),
                 config.get("sequence_length"), config.get("validation_windows")]
-        rows.append([config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text)])
-    found = pd.DataFrame(rows, list(folders), ["seed", "model", "evaluated on"], dtype=object)
+        rows.append([config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text),
+                     str(folder)])
+    columns = ["seed", "model", "evaluated on", "folder"]
+    found = pd.DataFrame(rows, list(folders), columns, dtype=object)
     found["seed"] = pd.to_numeric(found["seed"], errors="coerce")
     found["model"] = found["model"].map(_model_names(found["model"]))
     return frames.results_table(folders.values()).join(found)
@@ -79,63 +89,142 @@ def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
 
     Takes the runs' folders, or the table that `finished` made of them. "spread" is the standard
     deviation over seeds, "behind the best" the mean difference to the best model on the same seeds.
-    Its 95 % intervals hold for all pairs of models together: Student's t on the residuals of
-    losses ~ model + seed, with Bonferroni's correction, as the best is known only afterwards.
+    Its two 95 % intervals hold for all pairs of models together (see `pairs`). "test loss" is
+    reported beside and ranks nothing.
 
-    "verdict" is "best", "worse" (the interval excludes 0), "within the noise", "one seed: unknown",
-    "no two seeds in common: unknown", or, last and not compared, "other text" or "leaks".
+    "verdict" is "best", "worse" (behind by more than both intervals), "within the noise", "few
+    documents" or "documents unknown" (no verdict), "one seed: unknown", "no two seeds in common:
+    unknown", or, last and not compared, "other text" or "leaks".
     """
     runs = run_dirs if isinstance(run_dirs, pd.DataFrame) else finished(run_dirs)
-    counts, averaged = ["parameters", "active"], ["accuracy", *frames.COSTS]
-    columns = ["seeds", "validation loss", "spread", "behind the best", "± 95 %", "verdict",
-               *averaged]
+    counts, averaged = ["parameters", "active"], ["test loss", "accuracy", *frames.COSTS]
+    columns = ["seeds", "validation loss", "spread", *BEHIND, "documents", "verdict", *averaged,
+               "notes"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
-    # Only losses on the same text are compared: that of most models without leaks.
-    honest = runs[~runs["model"].str.endswith(LEAKY_NAME)]
-    comparable = honest[honest["evaluated on"] == honest["evaluated on"].mode().get(0)]
-    losses = comparable.pivot(index="model", columns="seed", values="validation loss")
-    # Differences within a seed are less noisy than means: keep the seeds that all models have.
-    paired = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)
-    means = (paired if len(paired) and paired.shape[1] > 1 else losses).mean(axis=1)
+    losses = _comparable(runs)
+    paired = _common_seeds(losses)
+    means = (paired if len(paired) else losses).mean(axis=1)
     best = means.idxmin() if len(means) else None
     groups = runs.astype(dict.fromkeys(averaged, float)).groupby("model")
     table = groups[["validation loss", *averaged]].mean()
     table["seeds"], table["spread"] = groups.size(), groups["validation loss"].std()
-    table["behind the best"] = table["± 95 %"] = math.nan
-    if min(paired.shape) > 1:
-        table["behind the best"] = (paired - paired.loc[best]).mean(axis=1)
-        table.loc[paired.index, "± 95 %"] = _half_interval(paired.to_numpy())
-    models, behind = table.index, table["behind the best"]
-    table.loc[models == best, ["behind the best", "± 95 %"]] = 0.0, math.nan
+    unknown = runs["state"].str.contains(UNKNOWN).groupby(runs["model"]).any()
+    table["notes"] = np.where(unknown, UNKNOWN, "")
+    others = [(model, best) for model in paired.index if model != best]
+    table, models = table.join(_differences(runs, paired, others).droplevel(1)), table.index
+    table.loc[models == best, BEHIND[0]] = 0.0
     # The first verdict that applies to a model stands.
     table["verdict"] = np.select(
         [models.str.endswith(LEAKY_NAME), ~models.isin(losses.index), models == best,
-         behind > table["± 95 %"], behind.notna(), table["seeds"] == 1],
-        ["leaks", "other text", "best", "worse", "within the noise", "one seed: unknown"],
+         table["verdict"].notna(), table["seeds"] == 1],
+        ["leaks", "other text", "best", table["verdict"], "one seed: unknown"],
         "no two seeds in common: unknown")
     table["apart"] = table["verdict"].isin(["other text", "leaks"])
     table = table.sort_values(["apart", "validation loss"], kind="stable")[columns]
-    return table.round(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, "Int64"))
+    table = table.round(dict.fromkeys(counts, 0))
+    return table.astype(dict.fromkeys([*counts, "documents"], "Int64"))
 
 
-def _half_interval(losses: np.ndarray) -> float:
+def pairs(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+    """Compare every two comparable models on the seeds that all of them have: a row per pair.
+
+    "± seeds" is Student's t on the residuals of losses ~ model + seed: it holds for other seeds,
+    scored on these documents. "± documents" is a t interval, clustered by document, of the mean
+    over seeds: it holds for other documents, scored by these trained models. Both are corrected
+    (Bonferroni), so that the intervals of all pairs hold together with 95 %.
+    """
+    runs = finished(run_dirs)
+    paired = _common_seeds(_comparable(runs)) if len(runs) else pd.DataFrame()
+    models = list(paired.mean(axis=1).sort_values(kind="stable").index)
+    both = [(worse, better) for n, better in enumerate(models) for worse in models[n + 1 :]]
+    table = _differences(runs, paired, both)
+    return table.rename(columns={BEHIND[0]: "difference"})
+
+
+def best_two(run_dirs: Iterable[str | Path]) -> list[Path]:
+    """Return one run folder of each of the two best models, on one seed; [] if there are none."""
+    runs = finished(run_dirs)
+    paired = _common_seeds(_comparable(runs)) if len(runs) else pd.DataFrame()
+    models = list(paired.mean(axis=1).sort_values(kind="stable").index[:2])
+    if len(models) < 2 or _differences(runs, paired, [models])["documents"].isna().any():
+        return []
+    chosen = runs[runs["seed"] == paired.columns[0]].set_index("model")["folder"]
+    return [Path(chosen[model]) for model in models]
+
+
+def _comparable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return losses (models, seeds) on the same text: that of most models without leaks."""
+    honest = runs[~runs["model"].str.endswith(LEAKY_NAME)]
+    same = honest[honest["evaluated on"] == honest["evaluated on"].mode().get(0)]
+    return same.pivot(index="model", columns="seed", values="validation loss")
+
+
+def _common_seeds(losses: pd.DataFrame) -> pd.DataFrame:
+    """Return the losses of models with two or more seeds, on the seeds that all of them have.
+
+    Differences within a seed are less noisy than means. Empty if fewer than two seeds are left.
+    """
+    paired = losses[losses.notna().sum(axis=1) > 1].dropna(axis=1)
+    return paired if paired.shape[1] > 1 else paired.iloc[:0]
+
+
+def _differences(runs: pd.DataFrame, paired: pd.DataFrame, both: list) -> pd.DataFrame:
+    """Return a row for each pair of models in `both`: difference, intervals, documents, verdict."""
+    count = len(paired) * (len(paired) - 1) / 2
+    level = 1 - 0.05 / max(1, count)
+    models = dict.fromkeys(model for pair in both for model in pair)
+    sums = {model: _mean_sums(runs, model, paired.columns) for model in models}
+    rows = []
+    for model, other in both:
+        mean, seeds = (paired.loc[model] - paired.loc[other]).mean(), _half_interval(paired)
+        estimate = _by_document(sums[model], sums[other])
+        half = estimate.half_width(level) if estimate else None
+        rows.append([mean, seeds, math.nan if half is None else half,
+                     estimate.clusters if estimate else math.nan,
+                     _verdict(mean, seeds, half, estimate)])
+    names = pd.MultiIndex.from_arrays([[pair[n] for pair in both] for n in (0, 1)],
+                                      names=["model", "minus"])
+    return pd.DataFrame(rows, names, [*BEHIND, "documents", "verdict"])
+
+
+def _verdict(mean: float, seeds: float, documents: float | None, estimate: Estimate | None) -> str:
+    """Return the verdict on a model that is `mean` nats behind another."""
+    if estimate is None:
+        return "documents unknown"
+    if estimate.is_few:
+        return "few documents"
+    return "worse" if mean > max(seeds, documents) else "within the noise"
+
+
+def _mean_sums(runs: pd.DataFrame, model: str, seeds: Iterable[float]) -> pd.DataFrame | None:
+    """Return a model's nats and tokens per document, the mean over seeds; None if not recorded."""
+    chosen = runs[(runs["model"] == model) & runs["seed"].isin(seeds)]
+    try:
+        found = [comparison.cluster_sums(comparison.read_evaluation(folder))
+                 for folder in chosen["folder"]]
+    except ValueError:  # an older version trained it, or the file is damaged
+        return None
+    same = all(sums["tokens"].equals(found[0]["tokens"]) for sums in found)
+    return sum(found) / len(found) if same else None
+
+
+def _by_document(sums: pd.DataFrame | None, other: pd.DataFrame | None) -> Estimate | None:
+    """Return the difference of two models in nats per token, clustered; None if not recorded."""
+    if sums is None or other is None or not sums["tokens"].equals(other["tokens"]):
+        return None
+    nats = sums["nats"] - other["nats"]
+    return clustered_mean(zip(nats.tolist(), sums["tokens"].tolist(), strict=True))
+
+
+def _half_interval(losses: pd.DataFrame | np.ndarray) -> float:
     """Return half the interval of a difference of two models' means: losses (models, seeds)."""
+    losses = np.asarray(losses, float)
     models, seeds = losses.shape
     left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
     freedom = (models - 1) * (seeds - 1)
     level = 1 - 0.05 / 2 / (models * (models - 1) / 2)  # two-sided, for each of the pairs
     return student_t(level, freedom) * math.sqrt((left**2).sum() / freedom * 2 / seeds)
-
-
-def student_t(level: float, freedom: int) -> float:
-    """Return the quantile of Student's t distribution at `level` (0.5 to 1), without SciPy."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    # On the finite range of t = sqrt(freedom) tan(angle), the density is that of `angle`.
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    density = scale * np.cos(angles) ** (freedom - 1)
-    below = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * angles[1])])
-    return math.sqrt(freedom) * math.tan(float(np.interp(level, below, angles)))
 
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
@@ -168,12 +257,17 @@ def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
 
 
 def summary(run_dirs: Iterable[str | Path]) -> str:
-    """Return the ranking as one sentence per model."""
-    lines = []
-    for model, row in ranking(run_dirs).iterrows():
+    """Return the ranking as one sentence per model, and what its intervals hold for."""
+    lines, table = [], ranking(run_dirs)
+    for model, row in table.iterrows():
         seeds, behind = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}", ""
-        if row["verdict"] in ("worse", "within the noise"):
-            behind = f", {row['behind the best']:+.3f} ± {row['± 95 %']:.3f} to the best"
+        if pd.notna(row["± seeds"]):
+            halves = [f" ± {row[f'± {of}']:.3f} ({of})" for of in ("seeds", "documents")
+                      if pd.notna(row[f"± {of}"])]
+            behind = f", {row['behind the best']:+.3f}{''.join(halves)} to the best"
+        notes = f" ({row['notes']})" if row["notes"] else ""
         lines.append(f"{model}: {row['validation loss']:.3f} nats over {seeds}{behind}: "
-                     f"{row['verdict']}")
+                     f"{row['verdict']}{notes}")
+    if table["± seeds"].notna().any():
+        lines.append(CONDITIONS)
     return "\n".join(lines) or "No run is finished yet."

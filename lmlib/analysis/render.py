@@ -112,6 +112,7 @@ def _add_axes(image: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
     axis = image.add_axes(paper.transform_bbox(Bbox.from_extents(x0, y0, x1, y1)).bounds)
     axis.set_xlabel(x.title.text or "", parse_math=False, color=GRAY)
     axis.set_ylabel(y.title.text or "", parse_math=False, color=GRAY)
+    axis.set_ylabel(y.title.text or "", parse_math=False, color=GRAY)
     if y.type == "log":
         axis.set_yscale("log")
     if x.type == "log":
@@ -121,7 +122,8 @@ def _add_axes(image: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
         axis.invert_yaxis()
     axis.grid(alpha=0.3)
     axis.patch.set_alpha(0)
-    axis.tick_params(colors=GRAY, labelsize=8, which="both")
+    axis.tick_params(colors=GRAY, labelsize=8, which="both",
+                     labelbottom=x.showticklabels is not False)
     axis.spines[:].set_color(GRAY)
     return axis
 

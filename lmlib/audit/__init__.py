@@ -10,8 +10,8 @@ from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is
 from lmlib.audit.split import check_lineage, check_split, check_tokenizer, check_windows
 
 __all__ = ["Leak", "Report", "check_batch_independence", "check_cache", "check_causality",
-           "check_evaluation", "check_labels", "check_model", "check_profile", "check_sample",
-           "check_split", "check_tokenizer", "check_windows", "is_noise"]
+           "check_evaluation", "check_labels", "check_lineage", "check_model", "check_profile",
+           "check_sample", "check_split", "check_tokenizer", "check_windows", "is_noise"]
 
 
 def check_model(model: nn.Module, sequence_length: int | None = None) -> list[Report]:

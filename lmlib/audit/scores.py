@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmlib.audit.probe import fixed_rng
 from lmlib.audit.report import Report
+from lmlib.intervals import Estimate
 
 
 def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.Module,
@@ -50,14 +51,27 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
 
 
 def check_sample(scores: dict[str, Any], windows: int, tokens: int) -> Report:
-    """Check that an evaluation has enough windows to give its `val_loss` a standard error."""
-    loss, error = scores["val_loss"], scores.get("val_loss_stderr")
-    numbers = {"windows": windows, "tokens": tokens, "loss": loss, "stderr": error}
-    if error is None or windows < 8:
-        summary = f"{windows} windows are too few for a standard error; raise validation_windows."
+    """Check that an evaluation has enough windows and documents for an interval.
+
+    `scores` has `val_loss`, its standard error clustered by document, and `val_documents`.
+    """
+    documents = scores.get("val_documents")
+    loss = Estimate(scores["val_loss"], scores.get("val_loss_stderr"), documents or 0)
+    numbers = {"windows": windows, "tokens": tokens, "documents": documents, "loss": loss.mean,
+               "stderr": loss.stderr}
+    if windows < 8:
+        summary = f"{windows} windows are too few for a score; raise validation_windows."
         return Report("sample", False, summary, [], "too small", numbers)
-    summary = (f"{windows} windows, {tokens:,} tokens: {loss:.4f} ± {error:.4f} nats. On other "
-               f"windows, a difference below {2 * math.sqrt(2) * error:.3f} is noise.")
+    measured = f"{windows} windows, {tokens:,} tokens: {loss.mean:.4f} nats"
+    if documents is None:
+        summary = f"{measured}. How many documents they are of is unknown, so there is no interval."
+        return Report("sample", None, summary, [], "unknown documents", numbers)
+    if loss.is_few:
+        summary = (f"{measured}, of {documents} document{'s' * (documents != 1)}: too few to judge "
+                   "by; hold out more documents.")
+        return Report("sample", None, summary, [], "few documents", numbers)
+    summary = (f"{measured} ± {loss.half_width():.4f} (95 %, {documents} documents). Compare "
+               "models on the same documents, pair by pair, which is more precise.")
     return Report("sample", True, summary, numbers=numbers)
 
 
@@ -89,7 +103,7 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
         summary = (f"after one token the model predicts the next ({accuracy[0]:.0%} correct, "
                    f"{first:.2f} nats): it sees the answer, or the text is trivial.")
     elif losses[L // 2 : -1].mean() < 0.05:
-        fault, start = "memorized", int((losses > 0.5).nonzero().max()) + 1
+        fault, start = "memorized", max((losses > 0.5).nonzero().flatten().tolist(), default=-1) + 1
         summary = (f"memorized training text: the first {start} positions cost "
                    f"{losses[:start].sum():.1f} nats a window (to locate the passage), the other "
                    f"{L - start:,} together {losses[start:].sum():.1f}.")

@@ -5,15 +5,16 @@ import os
 import sys
 from typing import TextIO
 
-# A closed pipe, a full disk, a terminal that is gone; a character that the encoding lacks; a signal
-# handler that prints while the same stream is being written.
-PRINT_ERRORS = (OSError, ValueError, RuntimeError)
+# A closed pipe, a full disk, a terminal that is gone; a character that the encoding lacks.
+PRINT_ERRORS = (OSError, ValueError)
 
 
 def show(text: str, end: str = "\n", stream: str = "stdout"):
     """Print to "stdout" or "stderr"; the first error is reported on stderr, the rest are silent."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
+    except RuntimeError:
+        pass  # a signal's handler prints while the same stream is being written
     except PRINT_ERRORS as error:
         silence(getattr(sys, stream))
         if stream == "stdout":

@@ -97,7 +97,8 @@ def _stop_on_signals(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         show("\nStopping after this step (Ctrl-C again: now).", stream="stderr")
 
-    threading.Thread(target=request_stop, daemon=True).start()
+    thread = threading.Thread(target=request_stop, daemon=True)
+    thread.start()
     signals = (signal.SIGINT, signal.SIGTERM, *hangup_signals())
     before = {number: signal.signal(number, on_signal) for number in signals}
     try:
@@ -105,6 +106,7 @@ def _stop_on_signals(run_dir: Path) -> Iterator[None]:
     finally:
         ended.set()
         asked.set()  # so that the thread ends
+        thread.join()
         stop.unlink(missing_ok=True)
         for number, handler in before.items():
             signal.signal(number, handler)

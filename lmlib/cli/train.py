@@ -6,14 +6,14 @@ from typing import get_type_hints
 
 from lmlib.cli.display import show
 from lmlib.config import RunConfig
-from lmlib.parameters import parse_overrides, read_parameters
+from lmlib.parameters import parse_overrides
 from lmlib.text import printable
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
     """Return the configuration that a recipe and its -p options describe."""
     overrides = parse_overrides(options.p, get_type_hints(RunConfig))
-    return RunConfig(**read_parameters(options.params) | overrides)
+    return RunConfig.load(options.params, **overrides)
 
 
 def train(options: argparse.Namespace):

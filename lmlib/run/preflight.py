@@ -28,10 +28,13 @@ def before_training(start: Start, config: RunConfig, model: LanguageModel, store
     """
     reports = quick_checks(config, model, store)
     reports += [check_contamination(start.source, store, lineage), check_lineage_of(store, lineage)]
-    source = config.run_dir if start.resumes else start.source
-    if source and (theirs := known_leaks(source)):  # once leaky, always: it was trained so
+    if start.parent and (theirs := known_leaks(start.parent)):
         reports.append(Report("init_from", False,
                               f"the model that it starts from leaks ({theirs})."))
+    failed = {report.check for report in reports if report.passed is False}
+    before = known_leaks(config.run_dir) if start.resumes else ""
+    if before and not failed >= set(before.split(", ")):  # its weights were trained that way
+        reports.append(Report("earlier steps", False, f"they leaked ({before})."))
     leaks = [report for report in reports if report.passed is False]
     if leaks and not config.allow_leaks:
         found = "\n".join(f"  - {report.check}: {report.summary}" for report in leaks)
@@ -78,10 +81,10 @@ def check_contamination(source: Path | None, store: TokenStore, lineage: Lineage
             continue
         text = store.evaluation_text(split)
         stream = store.test if split == "test" else store.validation
-        for owner, tokens in [("", store.train), *((" of an ancestor", t) for t in ancestors)]:
+        of_ancestors = ((f"{split}, with an ancestor's text", tokens) for tokens in ancestors)
+        for name, tokens in [(split, store.train), *of_ancestors]:
             report = audit.check_windows(tokens, text.windows, n, stream, text.starts)
-            summary = f"{split}: {report.summary.rstrip('.')}{owner}"
-            reports.append(replace(report, summary=summary))
+            reports.append(replace(report, summary=f"{name}: {report.summary.rstrip('.')}"))
     failed = [report for report in reports if report.passed is False]
     worst = max(failed or reports, key=lambda report: report.numbers["share of tokens"])
     summary = "; ".join(report.summary for report in failed or reports)

@@ -16,7 +16,8 @@ import yaml
 
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
-from lmlib.run.lock import lock_holder
+from lmlib.parameters import absolute_paths
+from lmlib.run.lock import hangup_signals, lock_holder
 from lmlib.run.start import finished_results, merge_recorded
 
 
@@ -63,8 +64,8 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
 
 @contextmanager
 def _ctrl_c_deferred() -> Iterator[None]:
-    """Raise what Ctrl-C or SIGTERM raises at the end of the block, not inside it."""
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)
+    """Raise what Ctrl-C, SIGTERM or SIGHUP raises at the end of the block, not inside it."""
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM, *hangup_signals())
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         signals = ()
     before = {number: signal.signal(number, lambda *given: caught.append(given))
@@ -87,8 +88,9 @@ def _start(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | Outco
             return Outcome(config, "failed", f"process {holder} is training it; start the sweep "
                                              "again when that has ended")
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        recipe = config.run_dir / "sweep.yaml"
-        recipe.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), "utf-8")
+        recipe = config.run_dir.absolute() / "sweep.yaml"
+        parameters = absolute_paths(config.to_dict())  # the process starts in the project's root
+        recipe.write_text(yaml.safe_dump(parameters, sort_keys=False), "utf-8")
         with open(config.run_dir / "sweep.log", "w", encoding="utf-8") as log:
             # A session of its own: the terminal's Ctrl-C would reach it a second time, which
             # interrupts a run without saving.

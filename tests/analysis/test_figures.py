@@ -1,6 +1,7 @@
 """Figures of runs, and the files and notebook outputs made of them."""
 
 import json
+import math
 
 import pytest
 
@@ -16,7 +17,23 @@ def test_curves_show_the_metrics(trained):
         lines["validation"].x
     ) == [0, 5, 10, 15, 20]
     assert list(lines["training"].y) == list(frame[frame["kind"] == "step"]["loss"])
-    assert list(lines["validation"].error_y.array) == list(evals["val_loss_stderr"])
+
+
+def test_error_bars_are_95_percent_intervals_over_documents(tmp_path):
+    """Few documents have no bar, nor has an error of older versions, which took windows as units."""
+    records = [
+        {"kind": "eval", "step": step, "val_loss": 5.0, "val_loss_stderr": 0.1, "val_documents": n}
+        for step, n in enumerate((2, 5, 16))
+    ]
+    del (old := dict(records[0], step=3))["val_documents"]
+    lines = "".join(json.dumps(record) + "\n" for record in [*records, old])
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    drawn = figures.training_curves(frames.read_runs(tmp_path))
+    [line] = [trace for trace in drawn.data if trace.name == "validation" and trace.showlegend]
+    bars = [math.nan, 0.27764, 0.21314, math.nan]  # t for 4 and 15 degrees of freedom: published
+    assert list(line.error_y.array) == pytest.approx(bars, rel=1e-3, nan_ok=True)
+    assert drawn.layout.yaxis.title.text == "bars: 95 % over documents"
+    assert render.png(drawn).startswith(b"\x89PNG")
 
 
 def test_each_of_several_runs_has_its_own_color(trained, tmp_path):

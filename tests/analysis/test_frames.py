@@ -1,6 +1,7 @@
 """Runs as frames and tables: finished, interrupted, damaged, and still running."""
 
 import json
+import math
 import os
 import platform
 import signal
@@ -54,7 +55,9 @@ def test_every_record_is_a_row_with_its_cost(trained):
         and last["flops"] == 20 * 4 * 64 * 240_000
         and last["minutes"] == last["seconds"] / 60
     )
-    assert frame.attrs == {"notes": {"trained": []}, "runs": {"trained": str(trained.run_dir)}}
+    assert frame.attrs["runs"] == {"trained": str(trained.run_dir)}
+    notes = frame.attrs["notes"]["trained"]
+    assert all(note.startswith("few documents") for note in notes)
 
 
 DAMAGED = {
@@ -206,6 +209,54 @@ def test_parameters_table_shows_only_the_parameters_that_differ(tmp_path):
     assert set(table.index) == ranks | {"seed", "attention"} and set(
         table.loc[list(ranks), "c"]
     ) == {"-"}
+
+
+def evaluated(folder, results: dict, **values):
+    record = {"kind": "eval", "step": 2, "val_loss": 5.0, "val_loss_stderr": 0.1, **values}
+    write(folder, [json.dumps(record) + "\n"])
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_the_table_shows_documents_and_the_test_scores(tmp_path):
+    test = {"test_loss": 5.1, "test_loss_stderr": 0.2, "test_bits_per_byte": 2.5}
+    new = evaluated(tmp_path / "new", test | {"test_steps": [2]}, val_documents=7)
+    old = evaluated(tmp_path / "old", {})
+    one = evaluated(tmp_path / "one", {"test_loss": {}, "test_steps": 5}, val_documents=1)
+    table = frames.results_table([new, old, one])
+    assert list(table.columns[1:4]) == ["validation loss", "± standard error", "documents"]
+    columns = ["± standard error", "documents", *frames.TEST_SCORES]
+    rows = table[columns].astype(float).to_numpy().tolist()
+    unknown = [math.nan] * 3
+    # Older versions took windows for independent: their errors are not shown.
+    expected = [[0.1, 7, 5.1, 0.2, 2.5], [math.nan, math.nan, *unknown], [math.nan, 1, *unknown]]
+    for row, numbers in zip(rows, expected, strict=True):
+        assert row == pytest.approx(numbers, nan_ok=True)
+    assert list(table["state"]) == ["finished", "finished", "finished; few documents (1)"]
+
+
+def test_notes_tell_unknown_lineage_and_repeated_tests(tmp_path):
+    again = evaluated(tmp_path / "again", {"test_steps": [2, 4]}, val_documents=4)
+    child = write(tmp_path / "child", [step(1)], init_from="outputs/parent")
+    known = write(tmp_path / "known", [step(1)], init_from="outputs/parent")
+    (known / "environment.json").write_text('{"lineage": "complete"}')
+    marked = write(tmp_path / "marked", [step(1)])
+    (marked / "environment.json").write_text('{"lineage": "unknown"}')
+    assert frames.read_runs([again, child, known, marked]).attrs["notes"] == {
+        "again": ["few documents (4)", "its test text was scored at 2 steps"],
+        "child": ["lineage unknown"],  # an older version trained it from something
+        "known": [],
+        "marked": ["lineage unknown"],
+    }
+
+
+def test_later_parameters_are_absent_from_older_runs_whatever_the_defaults(tmp_path):
+    config = frames.whole_config(write(tmp_path / "old", []))
+    absent = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None}
+    assert {name: config[name] for name in absent} == absent
+    assert (
+        frames.whole_config(write(tmp_path / "new", [], test_fraction=0.2))["test_fraction"] == 0.2
+    )
 
 
 def test_status_of_a_run_that_runs_is_killed_and_resumes(smoke, tmp_path):

@@ -469,3 +469,30 @@ def test_invalid_arguments_raise_a_clear_error():
         audit.check_causality(Decoder(), sequence_length=1)
     with pytest.raises(ValueError, match="vocab_size is 1"):
         audit.check_causality(Decoder(), vocab_size=1)
+
+
+def test_a_cache_that_gives_nan_is_reported():
+    class Broken(nn.Module):
+        """Right in one pass, NaN from the second call with its cache on."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(V, V)
+
+        def forward(self, ids, past_key_values=None, use_cache=False):
+            logits = self.table(ids)
+            return (logits * float("nan") if past_key_values else logits), [1]
+
+    report = audit.check_cache(Broken(), V, 12)
+    assert report.passed is False and "from position 1 on" in report.summary
+
+
+def test_a_leak_that_does_not_come_back_is_reported(monkeypatch):
+    from lmlib.audit import causality
+    from lmlib.audit.probe import Probe
+
+    model = Decoder()
+    probe = Probe(model, V, 16)
+    trial = causality._Trial(16, (8,))
+    report = causality._report_leak(probe, [trial], {"lengths": [16]})
+    assert report.passed is False and report.pattern == "at random"

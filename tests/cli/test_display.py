@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from process import SMOKE, command, start, wait_for
+from process import command, start, wait_for
 
 from lmlib.checkpoint import checkpoint_steps, verify_state
 from lmlib.files import PROJECT_ROOT
@@ -32,7 +32,7 @@ def saved_step(run_dir) -> int:
 # Errors in printing
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_a_latin_1_terminal_shows_escapes_and_the_run_finishes(outputs, name):
     words = command(name, output_dir=outputs, run_name=f"latin-{name}")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_stops(outputs, tmp_path, name, number):
     assert saved_step(outputs / run_name) == step >= 3
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_a_terminal_that_is_gone_leaves_a_saved_run(outputs, tmp_path, name):
     """Closing a pseudo-terminal sends SIGHUP; what is printed later fails (EIO)."""
     run_name, log = f"gone-{name}", outputs / f"gone-{name}" / "metrics.jsonl"
@@ -127,7 +127,7 @@ def test_a_terminal_that_is_gone_leaves_a_saved_run(outputs, tmp_path, name):
     assert saved_step(outputs / run_name) == last["step"] >= 3
 
 
-@pytest.mark.parametrize("name", ["train", "notebook"])
+@pytest.mark.parametrize("name", ["train", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_nohup_ignores_sighup(outputs, tmp_path, name):
     run_name, log = f"nohup-{name}", tmp_path / "log"
     words = command(name, output_dir=outputs, run_name=run_name, **LONG)
@@ -176,11 +176,3 @@ def test_a_notebook_from_another_folder_means_the_same_paths(text_file, tmp_path
     assert is_finished(tmp_path / "here" / "one")
     assert (tmp_path / "here" / "one" / "train.ipynb").exists()
     assert not (PROJECT_ROOT / "here").exists()
-
-
-def test_steps_are_numbers_or_best():
-    for name in ("generate", "audit"):
-        words = [sys.executable, "-m", "lmlib", name, str(SMOKE.parent), "--step", "first"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=PROJECT_ROOT)
-        assert done.returncode == 2
-        assert "'first' is not a step; write one, as in 500, or best" in done.stderr

@@ -14,9 +14,11 @@ import nbformat
 import pexpect
 import pytest
 
-from lmlib.cli.parser import NOTEBOOK_PACKAGES, missing_packages
+from lmlib.cli.parser import NOTEBOOK_PACKAGES, missing_packages, parser
 from lmlib.files import PROJECT_ROOT
 from lmlib.generation.settings import Settings, format_setting, parse_setting
+
+STEPS = {"best": "best", "500": 500, "0": 0}
 
 
 def lmlib(*arguments, text=None, check=0, python=("-m", "lmlib")):
@@ -159,6 +161,18 @@ def test_every_sampling_setting_is_an_option_with_its_help_and_default():
         assert parse_setting(field.name, default) == field.default
 
 
+@pytest.mark.parametrize("command", ["generate", "audit"])
+def test_a_step_is_a_number_or_best(command, capsys):
+    steps = {text: parser().parse_args([command, "x", "--step", text]).step for text in STEPS}
+    assert steps == STEPS
+    assert parser().parse_args([command, "x"]).step is None
+    for text in ("first", "-1", "1.5", "Best"):
+        with pytest.raises(SystemExit):
+            parser().parse_args([command, "x", f"--step={text}"])
+        said = capsys.readouterr().err
+        assert f"{text!r} is not a step; write one, as in 500, or best" in said
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["audit"]])
 def test_help_imports_neither_torch_nor_pandas(command):
     shown = lmlib(*command, "--help", python=("-X", "importtime", "-m", "lmlib"))
@@ -266,7 +280,7 @@ def test_a_session_in_a_real_terminal(trained):
     say("load 10", "Loaded step 10.")
     say("load 7", "Error:", "has no checkpoint of step 7; it has: 5, 10, 15, 20")
     say("checkpoints", "step      20", "best")
-    say("load abc", "Error: load abc: write a step")
+    say("load abc", "Error: load abc: write a step, as in load 500, or load best")
     say("set stop_strings The End|\\n\\n", "stop_strings: The End|\\n\\n")
     say("again", "(seed 1)", "tokens")
     say("set stop_strings none", "stop_strings: none")

@@ -1,16 +1,20 @@
 """The audit of a run: before its first step, in what it leaves behind, and of whatever is there afterwards."""
 
 import json
+import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 import lmlib
+from lmlib import checkpoint
 from lmlib.analysis import figures, frames, ranking
 from lmlib.audit.causality import pattern
 from lmlib.cli.parser import main
+from lmlib.data.corpus import content_hash
 from lmlib.generation.settings import Settings
 from lmlib.leaks import LEAKY, Leaky
 from lmlib.model.attention import LatentAttention
@@ -57,8 +61,9 @@ def test_an_honest_run_passes_and_its_results_say_so(trained):
         "batch independence",
         "cache",
         "labels",
-        "split",
         "evaluation",
+        "split",
+        "lineage",
     ]
     assert LEAKY not in results(trained) and LEAKY not in json.loads(
         (trained.run_dir / "config.json").read_text()
@@ -120,7 +125,7 @@ def test_a_range_test_refuses_what_leaks(smoke):
         find_learning_rate(smoke(causal_mask=False), steps=3)
 
 
-def test_text_in_both_splits_is_reported_and_does_not_stop_a_run(smoke, tmp_path):
+def test_text_in_both_splits_stops_a_run_or_marks_it(smoke, tmp_path):
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps({"text": f"{n} " + "so say we all, " * 60}) + "\n" for n in range(40))
     )
@@ -130,15 +135,131 @@ def test_text_in_both_splits_is_reported_and_does_not_stop_a_run(smoke, tmp_path
     config = smoke(
         corpus=str(tmp_path / "train.jsonl"),
         validation_corpus=str(tmp_path / "other.jsonl"),
+        test_fraction=0,
         total_steps=2,
     )
-    list(lmlib.train(config))
-    found = results(config)["audit"]
-    assert (
-        found["passed"] is False
-        and found["leaks"] == ""
-        and found["verdicts"]["split"].startswith("FAIL")
+    with pytest.raises(Leaky, match="split: validation: .* that training text has"):
+        list(lmlib.train(config))
+    marked = replace(config, allow_leaks=True)
+    list(lmlib.train(marked))
+    assert results(marked)["audit"]["leaks"] == results(marked)[LEAKY] == "split"
+
+
+def test_a_validation_corpus_that_is_the_corpus_is_refused(smoke, text_file):
+    """Its documents are trained on, to the last one."""
+    config = smoke(corpus=str(text_file), validation_corpus=str(text_file), test_fraction=0)
+    with pytest.raises(Leaky, match="lineage: .* held-out documents"):
+        list(lmlib.train(config))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Return a corpus of 120 documents of random words, which have nothing in common."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(3000)]
+    file = tmp_path_factory.mktemp("rows") / "c.jsonl"
+    texts = (" ".join(draw.choices(words, k=120)) for _ in range(120))
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return file
+
+
+def test_held_out_documents_that_a_parent_trained_on_are_a_leak(smoke, rows):
+    parent = smoke(corpus=str(rows), validation_fraction=0.1, total_steps=3)
+    list(lmlib.train(parent))
+    child = smoke(
+        corpus=str(rows), validation_fraction=0.6, init_from=str(parent.run_dir), total_steps=3
     )
+    with pytest.raises(Leaky, match=r"lineage: \d+ of \d+ held-out documents"):
+        list(lmlib.train(child))
+    same = smoke(
+        corpus=str(rows), validation_fraction=0.1, init_from=str(parent.run_dir), total_steps=3
+    )
+    list(lmlib.train(same))
+    assert results(same)["lineage"] == "complete" and LEAKY not in results(same)
+    # A grandparent counts, whatever lies between.
+    middle = smoke(
+        corpus=str(rows),
+        validation_fraction=0.6,
+        init_from=str(parent.run_dir),
+        total_steps=3,
+        allow_leaks=True,
+    )
+    list(lmlib.train(middle))
+    mark = json.loads((middle.run_dir / "config.json").read_text())[LEAKY]
+    assert "lineage" in mark
+    hashes = checkpoint.read_lineage(middle.run_dir / "checkpoints" / "checkpoint_step_3")
+    assert len(hashes) > len(open_store(find_start(middle)).documents("training"))
+
+
+def test_an_ancestors_text_is_searched_where_its_tokens_are_here(smoke, rows, tmp_path):
+    """A copy with other words at its beginning has another hash, but shares the rest."""
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    parent = smoke(corpus=str(rows), total_steps=3)
+    list(lmlib.train(parent))
+    other = tmp_path / "other.jsonl"
+    changed = [{"text": f"another beginning {text}"} for text in texts]
+    other.write_text("\n".join(map(json.dumps, changed)))
+    child = smoke(corpus=str(other), init_from=str(parent.run_dir), total_steps=3)
+    with pytest.raises(Leaky, match="split: .* with an ancestor's text"):
+        list(lmlib.train(child))
+    for file in (parent.run_dir.parent / ".tokens").glob("*/store.json"):
+        if (
+            json.loads(file.read_text())["training"]["hash"]
+            == open_store(find_start(parent)).info["training"]["hash"]
+        ):
+            shutil.move(file.parent, tmp_path / "gone")
+    list(lmlib.train(child))
+    assert "only exact copies are found" in results(child)["audit"]["verdicts"]["split"]
+
+
+def test_a_parent_without_lineage_is_never_passed(smoke, rows, trained, tmp_path):
+    """A Hugging Face folder: nobody knows what it was trained on."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained.run_dir / "checkpoints" / "checkpoint_step_20", folder)
+    shutil.rmtree(folder / "training_state")
+    for name in ("checkpoint.json", "lineage.bin"):
+        (folder / name).unlink()
+    child = smoke(corpus=str(rows), init_from=str(folder), total_steps=3)
+    list(lmlib.train(child))
+    found = results(child)
+    assert found["lineage"] == "unknown"
+    assert found["audit"]["verdicts"]["lineage"].startswith("not judged lineage: lineage unknown")
+    card = (child.run_dir / "checkpoints" / "checkpoint_step_3" / "README.md").read_text()
+    assert "Lineage unknown" in card and "Test loss" in card
+    assert "lineage unknown" in frames.results_table(child.run_dir)["state"].iloc[0]
+    # Its children do not know either.
+    grandchild = smoke(corpus=str(rows), init_from=str(child.run_dir), total_steps=3)
+    list(lmlib.train(grandchild))
+    assert results(grandchild)["lineage"] == "unknown"
+
+
+def test_contamination_of_windows_shorter_than_an_ngram_is_found(smoke, rows, tmp_path):
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    held_out = [text for text in texts if content_hash(text) < 0.3 * 2**64]
+    copies = [f"{text} {held_out[n % len(held_out)]}" for n, text in enumerate(texts)]
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in [*held_out, *copies]))
+    config = smoke(corpus=str(corpus), validation_fraction=0.3, sequence_length=8, total_steps=3)
+    with pytest.raises(Leaky, match="split: "):
+        list(lmlib.train(config))
+
+
+def test_a_run_is_audited_again_when_the_code_of_its_model_changes(smoke, monkeypatch):
+    config = smoke(total_steps=6, checkpoint_every=3)
+    run = lmlib.train(config)
+    assert any(record.kind == "checkpoint" for record in run)
+    run.close()
+    before = json.loads((config.run_dir / "environment.json").read_text())["audit"]
+    honest = LatentAttention.forward
+    monkeypatch.setattr(
+        LatentAttention, "forward", lambda self, x, *rest: honest(self, x, *rest) + x.roll(-1, 1)
+    )
+    with pytest.raises(Leaky, match="causality"):
+        list(lmlib.train(replace(config, total_steps=8)))
+    monkeypatch.undo()
+    records = list(lmlib.train(replace(config, total_steps=8)))
+    assert "audit" not in {record.kind for record in records}
+    assert json.loads((config.run_dir / "environment.json").read_text())["audit"] == before
 
 
 def test_the_audit_changes_neither_weights_nor_batches(smoke, monkeypatch):
@@ -265,6 +386,7 @@ def test_a_run_is_audited_in_the_terminal_and_on_a_page(trained, capsys, tmp_pat
         "cache",
         "labels",
         "split",
+        "lineage",
         "tokenizer",
         "record",
         "sample",
