@@ -22,7 +22,6 @@ from lmlib.text import printable
 
 HEADER = ["data", "sequence_length", "windows", "unit", "step"]
 SAME_TOKENS = HEADER[:3]  # where these are equal, both runs were scored on the same tokens
-TENTHS = "tenths of one file"  # the unit whose names say nothing about the text
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,6 @@ def compare(run: str | Path, other: str | Path, step: int | None = None) -> Diff
     names, steps = tuple(named), (first.attrs["step"], second.attrs["step"])
     is_same = all(first.attrs[key] == second.attrs[key] for key in SAME_TOKENS)
     unit, size = ("nats per token", "tokens") if is_same else ("bits per byte", "bytes")
-    if TENTHS in (first.attrs["unit"], second.attrs["unit"]) and (
-            first.attrs["data"] != second.attrs["data"]):
-        raise ValueError(f"{names[0]} and {names[1]} cannot be compared: a validation split of one "
-                         "file has tenths instead of documents, and these are of other tokens.")
     table = _paired(first, second, size)
     if table.empty:
         counts = [frame["cluster"].nunique() for frame in (first, second)]

@@ -128,7 +128,7 @@ def half_intervals(evals: pd.DataFrame) -> list[float]:
     if not {"val_loss_stderr", "val_documents"} <= set(evals):
         return []
     documents = evals["val_documents"].where(evals["val_documents"].between(FEW, 2**53))
-    quantiles = {count: student_t(0.975, count - 1) for count in documents.dropna().unique()}
+    quantiles = {count: student_t(0.975, int(count) - 1) for count in documents.dropna().unique()}
     errors = evals["val_loss_stderr"].where(evals["val_loss_stderr"] >= 0)
     return (errors * documents.map(quantiles)).tolist()
 

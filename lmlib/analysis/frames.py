@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lmlib.config import RunConfig, unused_parameters
+from lmlib.config import ABSENT, RunConfig, unused_parameters
 from lmlib.files import read_mapping, resolve_path
 from lmlib.intervals import FEW
 from lmlib.leaks import LEAKY, LEAKY_NAME, known_leaks
@@ -29,8 +29,6 @@ SCORES = ["validation loss", "± standard error", "documents", "best", "at step"
           "perplexity", "bits per byte"]
 TEST_SCORES = ["test loss", "± test", "test bits per byte"]
 COSTS = ["parameters", "active", "minutes", "FLOPs"]
-# What a run of an older version, which does not know these parameters, did instead.
-ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None}
 
 
 def read_runs(run_dirs: Iterable[str | Path] | str | Path) -> pd.DataFrame:

@@ -243,7 +243,8 @@ def _write_corpus(stream: Iterator[Document], tokenizer: Any, splits: dict[str, 
             own if file < 0 else firsts[file]
             for own, file in zip(split.hashes, split.files, strict=True)]
     if len(firsts) == 1:
-        return "tenths of one file", lambda split: [number * 10 // count
+        file = min(firsts.values()) // 16 * 16  # its name, with room for the tenth
+        return "tenths of one file", lambda split: [file + number * 10 // count
                                                     for number in split.numbers]
     return "files", lambda split: [firsts[file] for file in split.files]
 

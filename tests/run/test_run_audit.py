@@ -106,7 +106,7 @@ def test_short_overlapping_windows_and_a_leaky_parent_are_refused_too(smoke, lea
         list(lmlib.train(smoke(init_from=str(parent))))
     child = smoke(init_from=str(parent), allow_leaks=True, total_steps=2)
     list(lmlib.train(child))
-    assert results(child)[LEAKY] == "init_from"
+    assert results(child)[LEAKY] == "split, lineage, init_from"
 
 
 def test_a_run_that_was_never_audited_is_audited_when_it_resumes(smoke):
@@ -365,8 +365,8 @@ def test_runs_of_one_leaky_model_keep_the_mark(outputs, trained):
 def test_overlapping_windows_are_split_without_repetition(leaky):
     store = open_store(find_start(leaky["overlapping"]))
     total = len(store.train) - store.config.sequence_length
-    held_out = store.starts(torch.arange(store.window_count(True)).numpy(), held_out=True)
-    training = store.starts(torch.arange(store.window_count()).numpy())
+    held_out = store.starts(torch.arange(store.window_count("validation")).numpy(), held_out=True)
+    training = store.starts(torch.arange(store.window_count("training")).numpy())
     assert sorted([*held_out, *training]) == list(range(total)) and len(held_out) == round(
         0.1 * total
     )
