@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -316,8 +317,7 @@ def save_again(
     saver = checkpoint.Saver(background)
     optimizer = checkpoint.read_optimizer(source)
     scores = {"scores": {"val_loss": val_loss}, "scored": step if scored is None else scored}
-    config = lmlib.RunConfig.load(run / "config.json")
-    object.__setattr__(config, "keep_checkpoints", keep)
+    config = lmlib.RunConfig.load(run / "config.json", keep_checkpoints=keep)
     saver.save(
         run,
         huggingface.model_tensors(model),
@@ -423,6 +423,15 @@ def test_results_of_fewer_steps_are_deleted_once_the_new_checkpoint_is_there(run
     monkeypatch.setattr(checkpoint, "sync_folder", sync)
     save_again(run)
     assert not (run / "results.json").exists()
+
+
+def test_results_stay_until_the_first_checkpoint_of_an_extended_run(smoke):
+    config = smoke(total_steps=5, checkpoint_every=5, eval_every=5)
+    list(lmlib.train(config))
+    found = {}
+    for record in lmlib.train(dataclasses.replace(config, total_steps=10)):
+        found[record.kind, record.step] = (config.run_dir / "results.json").exists()
+    assert found["step", 10] and not found["checkpoint", 10]
 
 
 def test_failed_save_leaves_the_results(run):

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from lmlib.files import file_sha256, write_json
+from lmlib.files import file_sha256, flush, write_json
 from lmlib.model.huggingface import CheckpointError
 
 FORMAT = 2
@@ -22,8 +21,7 @@ def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str
     """Flush the files of `folder` to disk, then write `name`: content, and their size and hash."""
     files = {}
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())  # a manifest must not outlive its files in a power cut
+        flush(file)  # a manifest must not outlive its files in a power cut
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     manifest = {"format": FORMAT, **content, "files": files}
     manifest["digest"] = digest(manifest)

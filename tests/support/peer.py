@@ -69,7 +69,7 @@ def run(folder: Path, plan: dict):
             loss is made NaN.
     """
     model_folder, stop_at, nan_at = folder.parent / "model", plan.get("stop_at"), plan.get("nan_at")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_warning()
     transformers.set_seed(0)
     settings = transformers.AutoConfig.from_pretrained(model_folder, attention_dropout=0.1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)

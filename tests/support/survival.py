@@ -2,13 +2,15 @@
 
 Each row says how often, of how many times, a run that was killed, corrupted or out of disk space
 ended correctly: with exactly the tensors (by SHA-256) and records of the uninterrupted run, timing
-aside, or with an error message that names the problem, changing nothing.
+aside, or with an error message that names the problem, changing nothing. A traceback that does not
+name the problem counts as a failure, of either trainer.
 """
 
 import argparse
 import contextlib
 import ctypes
 import io
+import logging
 import multiprocessing
 import os
 import random
@@ -31,7 +33,9 @@ from fingerprint import fingerprint
 
 from lmlib import checkpoint, training
 from lmlib.config import RunConfig
+from lmlib.data import verify
 from lmlib.files import PROJECT_ROOT
+from lmlib.model import huggingface, manifest
 from lmlib.run.lock import hold_lock
 
 STEPS, SAVE_EVERY = 60, 6
@@ -52,6 +56,7 @@ class Trainer:
     checkpoint: str  # folder of the checkpoint of a step, with {} for the step
     files: list[str]  # of a checkpoint
     writes: list[tuple[Any, str]]  # functions that write, flush, rename or prune: (holder, name)
+    errors: type[Exception]  # what it raises to say what is wrong; others are crashes
 
 
 def recipe(run: Path) -> RunConfig:
@@ -90,18 +95,24 @@ FILES = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "lineage.bin",
     "checkpoint.json",
     "training_state/optimizer.safetensors",
     "training_state/state.json",
 ]
-WRITES = ["save_file", "write_manifest", "write_json", "sync_folder", "_remove", "prune"]
+WRITES = {
+    checkpoint: ["save_file", "write_manifest", "write_card", "sync_folder", "_try_to_delete"],
+    huggingface: ["save_model", "save_file", "write_json"],
+    manifest: ["flush", "write_json"],
+}
 OURS = Trainer(
     name="lmlib",
     run=run_ours,
     fingerprint=fingerprint,
     checkpoint="checkpoints/checkpoint_step_{}",
     files=FILES,
-    writes=[(checkpoint, name) for name in WRITES],
+    writes=[(module, name) for module, names in WRITES.items() for name in names],
+    errors=ValueError,
 )
 THEIRS = Trainer(
     name="transformers.Trainer",
@@ -110,20 +121,24 @@ THEIRS = Trainer(
     checkpoint="checkpoint-{}",
     files=peer.FILES,
     writes=peer.WRITES,
+    errors=Exception,
 )
 
 
 # ---------------------------------------------------------------------------------------------
 # One session of a run, in a process of its own
 
-ENDED, WARNED, REFUSED, FAILED = 0, 3, 4, 5
+# How a session ends: without a word of what is wrong, with a warning that names it, with an error
+# that names it, or in a crash: any other error. A kill is -SIGKILL.
+ENDED, WARNED, REFUSED, CRASHED = 0, 3, 4, 5
 
 
 def session(trainer_name: str, run: Path, plan: dict):
     """Train to the end or as far as `plan` allows; the exit status is one of those above."""
     trainer = {trainer.name: trainer for trainer in (OURS, THEIRS)}[trainer_name]
-    sys.stdout = sys.stderr = io.StringIO()
-    calls = iter(range(1, 10**9))
+    sys.stdout = sys.stderr = output = io.StringIO()
+    logging.getLogger("transformers").handlers = [logging.StreamHandler(output)]
+    calls, failure = iter(range(1, 10**9)), None
     for holder, name in trainer.writes:
         setattr(holder, name, with_faults(getattr(holder, name), calls, plan))
     if plan.get("as_user"):
@@ -132,15 +147,30 @@ def session(trainer_name: str, run: Path, plan: dict):
         warnings.simplefilter("always")
         try:
             trainer.run(run, plan)
-        except ValueError as error:
-            os._exit(REFUSED if plan.get("message", "") in str(error) else FAILED)
-        except Exception:
-            os._exit(FAILED)
+        except Exception as error:
+            failure = error
     if "count_calls" in plan:
         Path(plan["count_calls"]).write_text(str(next(calls)))
-    corrupted = plan.get("corrupted")
-    warned = corrupted and any(corrupted in str(warning.message) for warning in caught)
-    os._exit(WARNED if warned else ENDED)
+    said = [output.getvalue(), *(str(warning.message) for warning in caught)]
+    os._exit(exit_status(failure, said, plan.get("named", ()), trainer.errors))
+
+
+def exit_status(
+    failure: Exception | None, said: list[str], named: tuple[str, ...], errors: type[Exception]
+) -> int:
+    """Judge the end of a session.
+
+    Args:
+        failure: what it raised, if anything.
+        said: its warnings and all that it printed or logged.
+        named: what names the problem, any of these; none: a session that says nothing of it.
+        errors: the type of an error that is more than a crash.
+    """
+    if failure is not None:
+        is_named = any(name in str(failure) for name in named)
+        return REFUSED if is_named and isinstance(failure, errors) else CRASHED
+    is_named = any(name in text for name in named for text in said)
+    return WARNED if is_named else ENDED
 
 
 def with_faults(function: Callable, calls: Iterator[int], plan: dict) -> Callable:
@@ -221,6 +251,10 @@ class Subject:
     def start(self, run: Path, **plan: Any) -> int:
         return self.sessions(self.trainer, run, **plan)
 
+    def ends_correctly(self, run: Path) -> bool:
+        """Start a run, with nothing wrong any more: it must end, and as the uninterrupted one."""
+        return self.start(run) == ENDED and self.is_correct(run)
+
     def is_correct(self, run: Path) -> bool:
         try:
             return self.trainer.fingerprint(run) == self.expected
@@ -241,8 +275,7 @@ def random_kills(subject: Subject, kills: int, longest: float) -> Count:
         while done + times < kills and status == -signal.SIGKILL:
             status = subject.start(run, kill_after=rng.uniform(0.05, longest))
             times += status == -signal.SIGKILL
-        subject.start(run)  # to its end
-        correct += times if subject.is_correct(run) else 0
+        correct += times if subject.ends_correctly(run) else 0
         done += times
         shutil.rmtree(run, ignore_errors=True)
     return correct, done
@@ -263,8 +296,7 @@ def kills_in_saves(subject: Subject, calls: range) -> Count:
         run = subject.folder / f"stage{call}"
         status = subject.start(run, kill_at_call=call)
         assert status == -signal.SIGKILL, "the run ended before that call"
-        subject.start(run)
-        correct += subject.is_correct(run)
+        correct += subject.ends_correctly(run)
         shutil.rmtree(run)
     return correct, len(calls)
 
@@ -286,10 +318,11 @@ CORRUPTIONS: dict[str, Callable[[bytes, bytes], bytes | None]] = {
 def corrupted_checkpoints(subject: Subject, limit: int | None) -> tuple[Count, Count, Count]:
     """Corrupt each file of the newest checkpoint in each way that changes it, and resume.
 
-    Returns how often that was detected (an error, or a warning that names the checkpoint), how
-    often it was detected or changed nothing, and how often the run still ended correctly.
+    Returns how often that was noticed (an error or a warning that names the checkpoint or the
+    file, or a run that restored the file), how often no run ended with another result and not a
+    word of that, and how often the run still ended correctly.
     """
-    detected = harmless = correct = count = 0
+    noticed = harmless = correct = count = 0
     trainer, run, copy = subject.trainer, subject.folder / "cut", subject.folder / "kept"
     newest, earlier = (trainer.checkpoint.format(step) for step in (CUT, CUT - SAVE_EVERY))
     subject.start(run, stop_at=CUT)
@@ -301,19 +334,29 @@ def corrupted_checkpoints(subject: Subject, limit: int | None) -> tuple[Count, C
             continue  # both steps have the same tokenizer, so swapping changes nothing
         shutil.move(run, copy)
         shutil.copytree(copy, run)
-        if corrupted is None:
-            (run / newest / file).unlink()
-        else:
-            (run / newest / file).write_bytes(corrupted)
-        is_detected = subject.start(run, corrupted=newest) != ENDED
+        damage(run / newest / file, corrupted)
+        status = subject.start(run, named=(Path(newest).name, Path(file).name))
+        is_noticed = status in (WARNED, REFUSED) or content(run / newest / file) == data
         is_correct = subject.is_correct(run)
-        detected += is_detected
-        harmless += is_detected or is_correct
+        noticed += is_noticed
+        harmless += is_correct or status != ENDED
         correct += is_correct
         count += 1
         shutil.rmtree(run)
         shutil.move(copy, run)
-    return (detected, count), (harmless, count), (correct, count)
+    return (noticed, count), (harmless, count), (correct, count)
+
+
+def damage(file: Path, corrupted: bytes | None):
+    """Write what a corruption made of a file; None deletes it."""
+    if corrupted is None:
+        file.unlink()
+    else:
+        file.write_bytes(corrupted)
+
+
+def content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -326,8 +369,8 @@ def finished_runs(subject: Subject) -> Count:
     """Start a finished run again, three times: not one byte may change."""
     before, correct = snapshot(subject.whole), 0
     for _ in range(3):
-        subject.start(subject.whole)
-        correct += snapshot(subject.whole) == before
+        status = subject.start(subject.whole)
+        correct += status == ENDED and snapshot(subject.whole) == before
     return correct, 3
 
 
@@ -336,7 +379,7 @@ def nan_losses(subject: Subject) -> Count:
     correct, steps = 0, (SAVE_EVERY + 1, 30, STEPS)
     for step in steps:
         run = subject.folder / f"nan{step}"
-        is_error = subject.start(run, nan_at=step) in (REFUSED, FAILED)
+        is_error = subject.start(run, nan_at=step, named=("not finite", "NaN", "nan")) == REFUSED
         correct += is_error and any(map(is_finite, run.rglob("model.safetensors")))
     return correct, len(steps)
 
@@ -356,9 +399,8 @@ def full_disks(subject: Subject, calls: range) -> Count:
     correct = 0
     for call in calls:
         run = subject.folder / f"full{call}"
-        status = subject.start(run, full_at_call=call, message="another output_dir")
-        subject.start(run)
-        correct += status == REFUSED and subject.is_correct(run)
+        status = subject.start(run, full_at_call=call, named=("another output_dir",))
+        correct += status == REFUSED and subject.ends_correctly(run)
         shutil.rmtree(run)
     return correct, len(calls)
 
@@ -385,10 +427,10 @@ def small_disks(subject: Subject) -> Count | None:
             shutil.copytree(copy, run)
             filler = max(0, shutil.disk_usage(disk).free - room)
             (disk / "filler").write_bytes(bytes(filler))
-            status = subject.start(run, message="another output_dir")
+            status = subject.start(run, named=("another output_dir",))
             (disk / "filler").unlink()
-            subject.start(run)
-            correct += status in (REFUSED, ENDED) and subject.is_correct(run)
+            is_expected = status == REFUSED or (room > save and status == ENDED)
+            correct += is_expected and subject.ends_correctly(run)
             shutil.rmtree(run)
         return correct, len(rooms)
     finally:
@@ -396,16 +438,27 @@ def small_disks(subject: Subject) -> Count | None:
 
 
 def read_only(subject: Subject) -> Count:
-    """Forbid writing to folders and files: a clear error, and once allowed the run is correct.
+    """Forbid writing to folders and files, and resume; once that is allowed, the run is correct.
 
-    Where nothing may be written, nothing may change.
+    What a run must write is refused with a clear error, and where nothing may be written nothing
+    changes. A checkpoint that need not be written is no obstacle. One whose training state cannot
+    be deleted is a warning.
     """
-    places = [".", "checkpoints", f"checkpoints/checkpoint_step_{CUT}", "metrics.jsonl", "all"]
-    correct = sum(read_only_place(subject, place) for place in places)
+    locked, kept = f"checkpoints/checkpoint_step_{CUT}", CUT - 2 * SAVE_EVERY
+    undeletable = f"checkpoint_step_{kept}/training_state cannot be deleted"
+    expected = {  # place: (exit status, what its message says)
+        ".": (REFUSED, "another output_dir"),
+        "checkpoints": (REFUSED, "another output_dir"),
+        "metrics.jsonl": (REFUSED, "another output_dir"),
+        "all": (REFUSED, "another output_dir"),
+        locked: (ENDED, "cannot be"),
+        f"checkpoints/checkpoint_step_{kept}": (WARNED, undeletable),
+    }
+    correct = sum(read_only_place(subject, place, *end) for place, end in expected.items())
 
     empty = subject.folder / "empty"
     empty.mkdir(mode=0o555)
-    status = subject.start(empty / "run", as_user=True, message="cannot be used")
+    status = subject.start(empty / "run", as_user=True, named=("cannot be used",))
     correct += status == REFUSED and not list(empty.iterdir())
 
     finished = [subject.whole, *subject.whole.rglob("*")]
@@ -416,29 +469,71 @@ def read_only(subject: Subject) -> Count:
     correct += status == ENDED and snapshot(subject.whole) == before
     for path in finished:
         path.chmod(path.stat().st_mode | 0o200)
-    return correct, len(places) + 2
+    return correct, len(expected) + 2
 
 
-def read_only_place(subject: Subject, place: str) -> bool:
-    """Check that a run with a read-only file or folder is refused, and resumes once writable."""
-    run = subject.folder / "locked" / "run"
+def read_only_place(subject: Subject, place: str, status: int, message: str) -> bool:
+    """Check how a run with a read-only file or folder ends, and that it resumes once writable."""
+    run, last = subject.folder / "locked" / "run", CUT
     shutil.copytree(subject.folder / ".tokens", run.parent / ".tokens", dirs_exist_ok=True)
-    subject.start(run, stop_at=CUT)
+    if status == WARNED:  # a save is left that deletes what this one could not
+        last = CUT - SAVE_EVERY
+    subject.start(run, stop_at=last)
     paths = [run, *run.rglob("*")] if place == "all" else [run / place]
     modes = {path: path.stat().st_mode for path in paths}
     before = snapshot(run)
     for path in paths:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    status = subject.start(run, as_user=True, message="another output_dir")
+    stop_at = {"stop_at": CUT} if status == WARNED else {}
+    is_expected = subject.start(run, as_user=True, named=(message,), **stop_at) == status
     is_unchanged = snapshot(run) == before or place not in (".", "all")
     for path, mode in modes.items():
         path.chmod(mode)
-    subject.start(run)
-    # Resuming writes nothing to an old checkpoint, so a read-only one need not be an error.
-    is_refused = status == REFUSED or place.endswith(str(CUT))
-    is_correct = subject.is_correct(run)
+    # One that ended is finished: it must be correct as it is.
+    is_correct = subject.is_correct(run) if status == ENDED else subject.ends_correctly(run)
     shutil.rmtree(run.parent)
-    return is_refused and is_unchanged and is_correct
+    return is_expected and is_unchanged and is_correct
+
+
+def damaged_tokens(subject: Subject, limit: int | None) -> tuple[Count, Count]:
+    """Damage each file of the token cache in each way, and resume a run, or start a new one.
+
+    Returns how often a warning named the file and the file was restored, and how often the run
+    ended correctly.
+    """
+    noticed = correct = count = 0
+    folder = subject.folder / "tokens"
+    run, store, copy = folder / "run", folder / ".tokens", subject.folder / "kept_tokens"
+    shutil.copytree(subject.folder / ".tokens", store)
+    subject.start(run, stop_at=CUT)
+    shutil.copytree(folder, copy)
+    [key] = [path for path in store.iterdir() if path.is_dir()]
+    files = sorted(path.name for path in key.iterdir() if path.stat().st_size)
+    cases = [(file, kind) for kind in TOKEN_DAMAGE for file in files]
+    for file, kind in random.Random(2).sample(cases, len(cases) if limit is None else limit):
+        data = (key / file).read_bytes()
+        damage(key / file, TOKEN_DAMAGE[kind](data))
+        if count % 2:
+            shutil.rmtree(run)
+        is_named = subject.start(run, named=(file,)) == WARNED
+        # A rebuilt store.json may say that the tokenizer came from the run's checkpoint.
+        is_restored = content(key / file) == data or file == "store.json"
+        noticed += is_named and is_restored and verify.damage(key) == ""
+        correct += subject.is_correct(run)
+        count += 1
+        shutil.rmtree(folder)
+        shutil.copytree(copy, folder)
+    return (noticed, count), (correct, count)
+
+
+# What happens to a file of the token cache; None: it is deleted.
+TOKEN_DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "delete": lambda data: None,
+    "truncate": lambda data: data[: len(data) // 2],
+    "garble": lambda data: data[: len(data) // 2] + random.Random(3).randbytes(len(data) // 2),
+    "zero": lambda data: bytes(len(data)),
+    "flip a bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+}
 
 
 def two_processes(subject: Subject) -> Count:
@@ -449,10 +544,9 @@ def two_processes(subject: Subject) -> Count:
     run = subject.folder / "locked_run"
     message = f"is being written by process {os.getpid()}"
     with hold_lock(run):
-        status = subject.start(run, message=message)
+        status = subject.start(run, named=(message,))
     assert (run.parent / ".locks" / f"{run.name}.lock").exists()
-    subject.start(run)
-    return int(status == REFUSED) + int(subject.is_correct(run)), 2
+    return int(status == REFUSED) + int(subject.ends_correctly(run)), 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,9 +598,9 @@ def add_common_rows(
     early = random_kills(subject, options.kills // 2, 0.4 * seconds)
     add("killed soon after resuming", early)
     add("killed at each stage of a save", kills_in_saves(subject, calls))
-    detected, harmless, correct = corrupted_checkpoints(subject, options.corruptions)
-    add("corrupted checkpoints: detected", detected)
-    add("corrupted checkpoints: no undetected change of the result", harmless)
+    noticed, harmless, correct = corrupted_checkpoints(subject, options.corruptions)
+    add("corrupted checkpoints: named or repaired", noticed)
+    add("corrupted checkpoints: no silent change of the result", harmless)
     add("corrupted checkpoints: the run still ended correctly", correct)
     add("a finished run started again", finished_runs(subject))
     add("a NaN loss", nan_losses(subject))
@@ -519,6 +613,9 @@ def add_own_rows(table: Table, subject: Subject, calls: range, options: argparse
     add("disk full at each stage of a save", full_disks(subject, calls))
     add("a small disk that fills up", small_disks(subject))
     add("read-only folders and files", read_only(subject))
+    noticed, correct = damaged_tokens(subject, options.corruptions)
+    add("damaged token cache: named and rebuilt", noticed)
+    add("damaged token cache: the run ended correctly", correct)
     add("a second process on the run; a stale lock", two_processes(subject))
     files = [hostile.refused(file, folder) for file in hostile.PARAMETER_FILES]
     add("hostile parameter files", (sum(files), len(files)))
