@@ -26,7 +26,7 @@ from lmlib.data.corpus import Document, corpus_files, split_documents
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
 from lmlib.data.verify import DOCUMENTS, SPLITS, STREAMS, damage, write_info
-from lmlib.files import file_sha256, read_mapping, resolve_path, sync_folder
+from lmlib.files import file_sha256, read_mapping, sync_folder
 
 STORE_FORMAT = 2
 
@@ -43,9 +43,8 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
         raise ValueError(f"vocab_size is {config.vocab_size}; a tokenizer trained here needs 257 "
                          "or more: one for every byte, and the end-of-text token.")
     identity = store_identity(config, tokenizer)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    stores = resolve_path(config.output_dir) / ".tokens"
-    folder = _same_store(stores, identity) or stores / key
+    stores = config.run_dir.parent / ".tokens"
+    folder = _folder_of(config, stores, identity)
     if damage(folder):
         stores.mkdir(parents=True, exist_ok=True)
         with FileLock(stores / f"{folder.name}.lock"):  # one process builds, the others wait
@@ -92,20 +91,29 @@ def _recipe_of_tokenizer(config: RunConfig, name: str) -> Any:
     return tokenizer_identity(load_tokenizer(name))
 
 
-def _same_store(stores: Path, identity: dict[str, Any]) -> Path | None:
-    """Return the store of this text whose tokenizer was trained here and is the one given.
+def _folder_of(config: RunConfig, stores: Path, identity: dict[str, Any]) -> Path:
+    """Return the folder of a store, which need not exist.
 
-    A resumed run takes the tokenizer from its checkpoint, but its tokens are these.
+    A resumed run takes the tokenizer from its checkpoint. Where that was trained here, the tokens
+    are in a store that is named by how it was trained.
     """
-    if isinstance(identity["tokenizer"], list):  # one is to be trained
-        return None
+    def named(identity: dict[str, Any]) -> Path:
+        content = json.dumps(identity, sort_keys=True).encode()
+        return stores / hashlib.sha256(content).hexdigest()[:24]
+
+    folder = named(identity)
+    if isinstance(identity["tokenizer"], list) or folder.exists():  # one is to be trained
+        return folder
     for file in sorted(stores.glob("*/store.json")):
         info = read_mapping(file)
         theirs = info.get("identity")
         if (info.get("tokenizer") == identity["tokenizer"] and isinstance(theirs, dict)
                 and {**theirs, "tokenizer": None} == {**identity, "tokenizer": None}):
             return file.parent
-    return None
+    if config.tokenizer == "train" and not config.init_from:  # its store.json may be damaged
+        trained = named({**identity, "tokenizer": _recipe_of_tokenizer(config, "train")})
+        return trained if trained.exists() else folder
+    return folder
 
 
 def _sweep_drafts(stores: Path, ours: str):

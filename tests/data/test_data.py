@@ -427,13 +427,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_store_is_said_and_built_again(small, name):
+def test_a_damaged_store_is_said_and_built_again(small, name, tmp_path):
     store = prepare(small)
     before = {file.name: file.read_bytes() for file in store.folder.iterdir()}
-    DAMAGE[name](store.folder / name)
-    with pytest.warns(UserWarning, match=rf"damaged \({name}.*\); it is built again"):
-        again = prepare(small)
-    assert {file.name: file.read_bytes() for file in again.folder.iterdir()} == before
+    # A new run trains the tokenizer again; a resumed one has it in its checkpoint.
+    store.tokenizer.save_pretrained(tmp_path / "checkpoint")
+    for tokenizer in (None, str(tmp_path / "checkpoint")):
+        DAMAGE[name](store.folder / name)
+        with pytest.warns(UserWarning, match=rf"damaged \({name}.*\); it is built again"):
+            again = prepare(small, tokenizer)
+        assert again.folder == store.folder and len(list(store.folder.parent.glob("*/"))) == 1
+        for file, content in before.items():
+            if file.endswith(".bin") or file == "tokenizer.json":
+                assert (again.folder / file).read_bytes() == content
 
 
 def test_a_large_store_is_verified_while_training_and_once_per_machine(small, monkeypatch):

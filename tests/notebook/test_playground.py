@@ -37,10 +37,8 @@ def test_the_playground_and_generate_give_the_same_text(play, run):
     finish(play, play.generate)
     assert [play.last[1].text] == lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)
     finish(play, play.continue_text)
-    assert (
-        play.last[0]
-        == "To be" + lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)[0]
-    )
+    [text] = lmlib.generate(*lmlib.load(run, 10), ["To be"], max_new_tokens=12)
+    assert play.last[0] == "To be" + text.rstrip("\ufffd")  # half a character at its end
     finish(play, play.another_seed)
     assert play.fields["seed"].value == 1
 

@@ -1,6 +1,7 @@
 """Grids planned and trained in real processes, and the search for a learning rate."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,9 @@ def test_every_mistake_of_a_sweep_is_listed_before_anything_runs(tmp_path):
         plan([], {})
 
 
-def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(tmp_path, capsys):
+def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(text_file, tmp_path, capsys):
     """One run has no corpus, the other is trained; a second sweep trains the rest."""
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n\n" * 4000)
+    shutil.copy(text_file, tmp_path / "text.txt")
     corpora = [str(tmp_path / name) for name in ("text.txt", "missing.txt")]
     given = ["sweep", str(SMOKE), "-p", "output_dir", str(tmp_path / "runs"), "-p", "seed", "0"]
     given += ["-p", "corpus", *corpora]
@@ -75,6 +76,8 @@ def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(tmp_path, caps
     assert shown.count("failed: ") == 1 and shown.count("finished") == 1
     [good] = [run for run in (tmp_path / "runs").iterdir() if (run / "results.json").exists()]
     assert (good / "train.ipynb").exists() and "Step 20/20" in (good / "sweep.log").read_text()
+    results = json.loads((good / "results.json").read_text())
+    assert "val_loss" in results and "test_loss" not in results  # the sweep may choose by it
     before = {path: path.read_bytes() for path in good.rglob("*") if path.is_file()}
 
     (tmp_path / "missing.txt").write_text((tmp_path / "text.txt").read_text())
@@ -105,9 +108,9 @@ def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
 
 def test_an_unusable_folder_or_a_run_in_training_fails_alone(tmp_path):
     configs = plan([SMOKE], {"seed": [0, 1, 2], "output_dir": [str(tmp_path)]})
-    for config, content in zip(configs, ({"x": 1}, [1]), strict=False):
-        config.run_dir.mkdir()
-        (config.run_dir / "config.json").write_text(json.dumps(content))
+    configs[0].run_dir.write_text("a file where the folder should be")
+    configs[1].run_dir.mkdir()
+    (configs[1].run_dir / "results.json").write_text("{}")
     with hold_lock(configs[2].run_dir):
         outcomes = {outcome.config.run_name: outcome for outcome in sweep(configs)}
     assert {outcome.state for outcome in outcomes.values()} == {"failed"}
