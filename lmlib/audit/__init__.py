@@ -7,11 +7,18 @@ from lmlib.audit.invariance import check_batch_independence, check_cache
 from lmlib.audit.labels import check_labels
 from lmlib.audit.report import Leak, Report
 from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is_noise
-from lmlib.audit.split import check_lineage, check_split, check_tokenizer, check_windows
+from lmlib.audit.split import (
+    check_lineage,
+    check_split,
+    check_tokenizer,
+    check_tokens,
+    check_windows,
+)
 
 __all__ = ["Leak", "Report", "check_batch_independence", "check_cache", "check_causality",
            "check_evaluation", "check_labels", "check_lineage", "check_model", "check_profile",
-           "check_sample", "check_split", "check_tokenizer", "check_windows", "is_noise"]
+           "check_sample", "check_split", "check_tokenizer", "check_tokens", "check_windows",
+           "is_noise"]
 
 
 def check_model(model: nn.Module, sequence_length: int | None = None) -> list[Report]:

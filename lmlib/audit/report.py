@@ -41,9 +41,9 @@ class Report:
 
 
 def leaks_above(changes: Tensor, length: int, mode: str) -> list[Leak]:
-    """Return the pairs (t, s) of changes (T, T) that exceed TOLERANCE."""
+    """Return the pairs (t, s) of changes (T, T) that exceed TOLERANCE; NaN does."""
     return [Leak(t, s, float(changes[t, s]), length, mode)
-            for t, s in (changes > TOLERANCE).nonzero().tolist()]
+            for t, s in (~(changes <= TOLERANCE)).nonzero().tolist()]
 
 
 def one_line(error: object, limit: int = 100) -> str:

@@ -50,33 +50,41 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
     return Report("evaluation", not fault, summary, pattern=fault, numbers=numbers)
 
 
-def check_sample(scores: dict[str, Any], windows: int, tokens: int) -> Report:
-    """Check that an evaluation has enough windows and documents for an interval.
+def check_sample(scores: dict[str, Any], windows: int, tokens: int,
+                 unit: str = "documents") -> Report:
+    """Check that an evaluation has enough windows and documents to give `val_loss` an interval.
 
-    `scores` has `val_loss`, its standard error clustered by document, and `val_documents`.
+    `val_loss_stderr` is clustered by document, of which there are `val_documents`; `unit` names
+    them. Scores of older versions lack that number: their error treats windows as independent.
     """
+    loss, error = scores["val_loss"], scores.get("val_loss_stderr")
     documents = scores.get("val_documents")
-    loss = Estimate(scores["val_loss"], scores.get("val_loss_stderr"), documents or 0)
-    numbers = {"windows": windows, "tokens": tokens, "documents": documents, "loss": loss.mean,
-               "stderr": loss.stderr}
+    numbers = {"windows": windows, "documents": documents, "tokens": tokens, "loss": loss,
+               "stderr": error}
+    sample = f"{windows} windows, {tokens:,} tokens: {loss:.4f} nats"
     if windows < 8:
-        summary = f"{windows} windows are too few for a score; raise validation_windows."
+        summary = f"{windows} windows are too few for a standard error; raise validation_windows."
         return Report("sample", False, summary, [], "too small", numbers)
-    measured = f"{windows} windows, {tokens:,} tokens: {loss.mean:.4f} nats"
     if documents is None:
-        summary = f"{measured}. How many documents they are of is unknown, so there is no interval."
-        return Report("sample", None, summary, [], "unknown documents", numbers)
-    if loss.is_few:
-        summary = (f"{measured}, of {documents} document{'s' * (documents != 1)}: too few to judge "
-                   "by; hold out more documents.")
+        return Report("sample", None, f"{sample}; these scores, of an older version, do not say of "
+                      "how many documents, and their ± treats windows as independent.", [], "",
+                      numbers)
+    sample = f"{windows} windows of {documents} {unit}, {tokens:,} tokens: {loss:.4f} nats"
+    if documents < 2 or error is None:
+        return Report("sample", None, f"{sample}; one document has no standard error.", [], "",
+                      numbers)
+    estimate = Estimate(loss, error, documents)
+    interval = f"± {estimate.half_width():.4f} (95 %)"
+    if estimate.is_few:
+        summary = f"few documents: {documents}; {sample}, {interval}, but the ± is not judged."
         return Report("sample", None, summary, [], "few documents", numbers)
-    summary = (f"{measured} ± {loss.half_width():.4f} (95 %, {documents} documents). Compare "
-               "models on the same documents, pair by pair, which is more precise.")
+    summary = (f"{sample}, {interval}, clustered by document. It is the error of this score alone; "
+               "to compare models, take the paired differences on the same documents.")
     return Report("sample", True, summary, numbers=numbers)
 
 
 def is_noise(loss: float, stderr: float, other: float, other_stderr: float) -> bool:
-    """Check whether two losses on different windows differ by less than two standard errors."""
+    """Check whether losses on different documents differ by less than two standard errors."""
     return abs(loss - other) < 2 * math.hypot(stderr, other_stderr)
 
 
@@ -88,6 +96,8 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
     losses, accuracy = (torch.as_tensor(list(x), dtype=torch.float64) for x in (losses, accuracy))
     if losses.dim() != 1 or losses.shape != accuracy.shape or len(losses) < 4:
         raise ValueError("check_profile needs loss and accuracy at each of four positions or more.")
+    if not (losses.isfinite().all() and accuracy.isfinite().all()):
+        return Report("profile", None, "some losses are not finite numbers: the model diverged.")
     L, first, last, p = len(losses), float(losses[0]), float(losses[-1]), float(accuracy[-1])
     others, loss, correct = (float(x.mean()) for x in (losses[:-1], losses, accuracy))
     fault = ""
@@ -103,8 +113,9 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
         summary = (f"after one token the model predicts the next ({accuracy[0]:.0%} correct, "
                    f"{first:.2f} nats): it sees the answer, or the text is trivial.")
     elif losses[L // 2 : -1].mean() < 0.05:
-        fault, start = "memorized", max((losses > 0.5).nonzero().flatten().tolist(), default=-1) + 1
-        summary = (f"memorized training text: the first {start} positions cost "
+        start = 1 + int((losses > 0.5).nonzero().max()) if (losses > 0.5).any() else 1
+        fault, beginning = "memorized", f"{start} positions cost" if start > 1 else "position costs"
+        summary = (f"memorized training text: the first {beginning} "
                    f"{losses[:start].sum():.1f} nats a window (to locate the passage), the other "
                    f"{L - start:,} together {losses[start:].sum():.1f}.")
     else:

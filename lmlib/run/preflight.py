@@ -73,7 +73,7 @@ def check_contamination(source: Path | None, store: TokenStore, lineage: Lineage
     """
     if store.config.split == "windows":
         return _check_overlapping(store)
-    n = tokens_per_ngram(store)
+    n, length = tokens_per_ngram(store), store.config.sequence_length + 1
     ancestors, missing = ancestors_tokens(lineage, source, store)
     reports = []
     for split in ("validation", "test"):
@@ -83,10 +83,10 @@ def check_contamination(source: Path | None, store: TokenStore, lineage: Lineage
         stream = store.test if split == "test" else store.validation
         of_ancestors = ((f"{split}, with an ancestor's text", tokens) for tokens in ancestors)
         for name, tokens in [(split, store.train), *of_ancestors]:
-            report = audit.check_windows(tokens, text.windows, n, stream, text.starts)
+            report = audit.check_tokens(tokens, stream, text.starts, length, n)
             reports.append(replace(report, summary=f"{name}: {report.summary.rstrip('.')}"))
     failed = [report for report in reports if report.passed is False]
-    worst = max(failed or reports, key=lambda report: report.numbers["share of tokens"])
+    worst = max(failed or reports, key=lambda report: report.numbers.get("share of tokens", 0))
     summary = "; ".join(report.summary for report in failed or reports)
     if missing or not lineage.is_complete:
         summary += ("; the text of an ancestor is not here, so of its documents only exact copies "

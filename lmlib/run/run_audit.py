@@ -82,7 +82,7 @@ def _check_text(store: tokens.TokenStore, model: nn.Module, path: Path) -> list[
     summary, losses = found.summary(), found.losses
     reports = [*_check_documents(store, found, path),
                _check_record(config, summary["val_loss"], step),
-               scores.check_sample(summary, len(losses), losses.numel()),
+               scores.check_sample(summary, len(losses), losses.numel(), found.text.unit),
                preflight.check_evaluation_of(model, found.text.windows)]
     if losses.shape[1] >= 4:
         loss, accuracy = losses.mean(0), found.correct.double().mean(0)
@@ -104,7 +104,8 @@ def _check_documents(store: tokens.TokenStore, found: evaluation.Scores,
     n = preflight.tokens_per_ngram(store)
     if contamination.passed is False:  # also by an ancestor's text
         report = replace(report, passed=False, summary=f"{report.summary} {contamination.summary}")
-    shared = split.shared_windows(store.train, found.text.windows, n)[:, 1:]
+    shared = split.shared_spans(store.train, store.validation, found.text.starts,
+                                store.config.sequence_length + 1, n)[:, 1:]
     parts = scores.loss_by_overlap(found.losses, shared)
     if parts["share"]:
         report = replace(report, summary=(

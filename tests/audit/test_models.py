@@ -187,6 +187,52 @@ def test_unusual_causal_models_pass(how):
     assert audit.check_causality(Correct(how)).passed is True
 
 
+class InTheCache(Decoder):
+    """A decoder whose cached logits, or all logits, are not finite."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, ids, past_key_values=None, use_cache=False):
+        output = super().forward(ids, past_key_values, use_cache)
+        logits = output[0] if use_cache else output
+        if self.how == "one is ruled out":
+            logits = logits.index_fill(2, torch.tensor([0]), -torch.inf)
+        if self.how == "NaN after the prompt" and past_key_values:
+            logits = logits * torch.nan
+        return (logits, *output[1:]) if use_cache else logits
+
+
+def test_nan_while_decoding_is_a_fault_of_the_cache():
+    report = audit.check_cache(InTheCache("NaN after the prompt"))
+    assert report.passed is False and report.pattern == "decode differs from prefill"
+    assert report.leaks[0].t == 1 and "from position 1 on" in report.summary
+    assert "NaN" in report.summary
+
+
+def test_a_token_that_is_always_ruled_out_is_no_fault_of_the_cache():
+    assert audit.check_cache(InTheCache("one is ruled out")).passed is True
+
+
+class LeaksAtFirst(Decoder):
+    """A decoder that has no causal mask in its first 40 calls."""
+
+    calls = 0
+
+    def forward(self, ids):
+        self.calls += 1
+        for layer in self.layers:
+            layer.fault = "no mask" if self.calls <= 40 else ""
+        return super().forward(ids)
+
+
+def test_a_leak_that_does_not_come_again_is_reported():
+    report = audit.check_causality(LeaksAtFirst())
+    assert report.passed is False and report.pattern == "not repeatable" and not report.leaks
+    assert "besides the ids and the seed" in report.summary
+
+
 # ---------------------------------------------------------------------------------------------------
 # Labels
 
@@ -469,30 +515,3 @@ def test_invalid_arguments_raise_a_clear_error():
         audit.check_causality(Decoder(), sequence_length=1)
     with pytest.raises(ValueError, match="vocab_size is 1"):
         audit.check_causality(Decoder(), vocab_size=1)
-
-
-def test_a_cache_that_gives_nan_is_reported():
-    class Broken(nn.Module):
-        """Right in one pass, NaN from the second call with its cache on."""
-
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(V, V)
-
-        def forward(self, ids, past_key_values=None, use_cache=False):
-            logits = self.table(ids)
-            return (logits * float("nan") if past_key_values else logits), [1]
-
-    report = audit.check_cache(Broken(), V, 12)
-    assert report.passed is False and "from position 1 on" in report.summary
-
-
-def test_a_leak_that_does_not_come_back_is_reported(monkeypatch):
-    from lmlib.audit import causality
-    from lmlib.audit.probe import Probe
-
-    model = Decoder()
-    probe = Probe(model, V, 16)
-    trial = causality._Trial(16, (8,))
-    report = causality._report_leak(probe, [trial], {"lengths": [16]})
-    assert report.passed is False and report.pattern == "at random"
