@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 # Set before torch is imported: threads slow down models this small, and tests that run in parallel.
@@ -31,6 +32,14 @@ def smoke(outputs):
         return RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **settings)
 
     return make
+
+
+@pytest.fixture
+def sighup():
+    """Let SIGHUP end processes, as in a terminal: tests that `nohup` started ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from process import command, start, wait_for
 from lmlib.checkpoint import checkpoint_steps, verify_state
 from lmlib.files import PROJECT_ROOT
 
+pytestmark = pytest.mark.usefixtures("sighup")
+
 LONG = {"total_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
 
 

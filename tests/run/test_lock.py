@@ -64,6 +64,7 @@ def test_a_locked_run_and_one_that_beats_elsewhere_are_running(tmp_path):
     assert is_running(run_dir)
 
 
+@pytest.mark.usefixtures("sighup")
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_signals_ask_to_stop_and_only_a_second_ctrl_c_interrupts(tmp_path, name):
     before = signal.getsignal(signal.Signals[name])
