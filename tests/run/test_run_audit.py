@@ -169,7 +169,7 @@ def test_held_out_documents_that_a_parent_trained_on_are_a_leak(smoke, rows):
     child = smoke(
         corpus=str(rows), validation_fraction=0.6, init_from=str(parent.run_dir), total_steps=3
     )
-    with pytest.raises(Leaky, match=r"lineage: \d+ of \d+ held-out documents"):
+    with pytest.raises(Leaky, match=r"lineage: \d+ of the \d+ held-out documents"):
         list(lmlib.train(child))
     same = smoke(
         corpus=str(rows), validation_fraction=0.1, init_from=str(parent.run_dir), total_steps=3
