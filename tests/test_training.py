@@ -653,3 +653,19 @@ def test_cuda_agrees_with_cpu_and_resumes(smoke):
     run.close()
     list(lmlib.train(interrupted))
     assert fingerprint(interrupted.run_dir)["metrics"] == fingerprint(whole.run_dir)["metrics"]
+
+
+def test_nothing_trained_on_damaged_tokens_is_saved_and_they_are_built_again(smoke, monkeypatch):
+    """A store too large to verify before step 1 is verified while the run trains."""
+    config = smoke(validation_fraction=0.21)  # a store of its own
+    store = open_store(find_start(config))
+    monkeypatch.setattr("lmlib.data.verify.AT_ONCE", 0)
+    content = bytearray((store.folder / "train.bin").read_bytes())
+    content[1000] ^= 1
+    (store.folder / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged \(train.bin\), so nothing .* is saved"):
+        list(lmlib.train(config))
+    assert checkpoint.checkpoint_steps(config.run_dir) == []
+    with pytest.warns(UserWarning, match="is built again"):
+        records = list(lmlib.train(config))
+    assert records[-1].kind == "done"

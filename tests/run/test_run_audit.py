@@ -465,6 +465,8 @@ def test_what_cannot_be_audited_is_a_clear_error(given, message, trained, capsys
 def test_scores_elsewhere_are_of_text_that_the_other_run_held_out(leaky, trained):
     rows = scores_elsewhere(leaky["overlapping"].run_dir, trained.run_dir)
     assert [row["step"] for row in rows] == [5, 10] and all(row["val_loss"] > 3 for row in rows)
+    held_out = open_store(find_start(trained)).info["validation"]["documents"]
+    assert [row["val_documents"] for row in rows] == [held_out, held_out]  # spread over all
 
 
 # ---------------------------------------------------------------------------------------------------
