@@ -289,7 +289,9 @@ def _fractions_that_work(config: RunConfig, tokenizer: Any
     places, tokens = np.array(documents), np.array(lengths)
     need, has_test = 1.2 * (config.sequence_length + 1), config.has_test and config.score_test
     grid = [n / 20 for n in range(1, 19)]
-    for total, validation in sorted((v + t, v) for v in grid for t in (grid if has_test else [0])):
+    fixed = config.test_fraction if config.has_test else 0
+    pairs = sorted((v + t, v) for v in grid for t in (grid if has_test else [fixed]))
+    for total, validation in (pair for pair in pairs if pair[0] < 1):
         test = total - validation
         low, high = validation, 1 - test
         if config.validation_corpus:

@@ -81,10 +81,14 @@ def merge_recorded(config: RunConfig) -> RunConfig:
     Raises a ValueError that names each parameter in which that run differs, with both values.
     """
     run_dir = config.run_dir
-    recorded = files.read_json(run_dir / "config.json")
-    if recorded is None or not (checkpoint.checkpoint_steps(run_dir)
-                                or (run_dir / "results.json").exists()):
+    if not (checkpoint.checkpoint_steps(run_dir) or (run_dir / "results.json").exists()):
         return config  # before the first checkpoint anything may change
+    recorded = files.read_json(run_dir / "config.json")
+    if recorded is None:
+        return config  # its checkpoints know which run they belong to
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{run_dir}/config.json holds no parameters: restore it, or choose "
+                         "another run_name.")
     for name, left_open in (("vocab_size", [None]), ("init_step", [None, "best"])):
         if getattr(config, name) in left_open and recorded.get(name) is not None:
             config = replace(config, **{name: recorded[name]})
