@@ -302,7 +302,7 @@ def copy_hostile_notebooks(folder: Path):
         validation_fraction=0.4,
         vocab_size=300,
         total_steps=20,
-        validation_windows=4,
+        validation_windows=5,  # so that a prompt of 16 tokens holds a whole script
         **run,
     )
     copy_notebook("curves", folder, others=others, **run)
