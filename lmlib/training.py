@@ -335,11 +335,12 @@ def finish(run: Run) -> Record:
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
     done = emit(run, "done", results, **timing)
+    checkpoint.prune(run_dir, config.keep_checkpoints)  # the last save may have been killed in it
+    card.write_card(run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}", config,
+                    results)
     write_json(run_dir / "results.json", {
         **results, **timing, "measured_on": measured_on(config, run.store.info),
         "audit": run.audit})
-    card.write_card(run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}", config,
-                    results)
     try:
         from lmlib.analysis import figures
         figures.save_curves(run_dir)

@@ -210,6 +210,26 @@ def stop_at(config, step: int):
     run.close()
 
 
+def test_a_kill_after_the_last_checkpoint_leaves_nothing_behind(smoke, trained, monkeypatch):
+    """Between the renaming of the checkpoint's folder and the deletion of what it makes needless."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        if checkpoint.checkpoint_steps(config.run_dir)[-1] == config.total_steps:
+            raise Killed
+
+    config = smoke()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", kill)
+        with pytest.raises(Killed):
+            list(lmlib.train(config))
+    assert not (config.run_dir / "results.json").exists()
+    list(lmlib.train(config))
+    assert fingerprint(config.run_dir) == fingerprint(trained.run_dir)
+
+
 # ---- The consumer of the records ----
 
 

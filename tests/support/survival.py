@@ -306,7 +306,7 @@ CORRUPTIONS: dict[str, Callable[[bytes, bytes], bytes | None]] = {
     "delete": lambda data, other: None,
     "truncate": lambda data, other: data[: len(data) // 2],
     "empty": lambda data, other: b"",
-    "flip a bit": lambda data, other: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "flip a bit": lambda data, other: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:],
     "zero a block": lambda data, other: (
         data[: len(data) // 3] + bytes(16) + data[len(data) // 3 + 16 :]
     ),
