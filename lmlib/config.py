@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from lmlib.errors import UserError
 from lmlib.files import read_json, resolve_path
 from lmlib.leaks import LEAKY
 from lmlib.parameters import coerce, read_parameters, unknown_name
@@ -119,7 +120,7 @@ class RunConfig:
             mistakes += [problem] if problem else []
         mistakes = mistakes or _contradictions(self)  # these need every type to be right
         if mistakes:
-            raise ValueError("\n  - ".join(("Invalid parameters:", *sorted(mistakes))))
+            raise UserError("\n  - ".join(("Invalid parameters:", *sorted(mistakes))))
         # Resolved once: what a relative path means changes with the folders that exist.
         object.__setattr__(self, "_outputs", resolve_path(self.output_dir).absolute())
 

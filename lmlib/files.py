@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lmlib.errors import UserError
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT_ROOT = _REPOSITORY if (_REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
@@ -51,7 +53,7 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -93,5 +95,5 @@ def os_errors_as_value_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{folder} cannot be used ({error}): free some space or choose another "
-                         "output_dir.") from error
+        raise UserError(f"{folder} cannot be used ({error}): free some space or choose another "
+                        "output_dir.") from error

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from lmlib.errors import UserError
+
 FEW = 5  # with fewer clusters an interval is shown, but nothing is concluded from it
 
 
@@ -39,7 +41,7 @@ def clustered_mean(totals: Iterable[tuple[float, float]]) -> Estimate:
     """
     clusters = [(total, size) for total, size in totals if size]
     if not clusters:
-        raise ValueError("A mean needs at least one cluster (document) that is not empty.")
+        raise UserError("A mean needs at least one cluster (document) that is not empty.")
     G, size = len(clusters), math.fsum(size for _, size in clusters)
     mean = math.fsum(total for total, _ in clusters) / size
     if G == 1:
@@ -51,8 +53,8 @@ def clustered_mean(totals: Iterable[tuple[float, float]]) -> Estimate:
 def student_t(probability: float, freedom: int) -> float:
     """Return the quantile of Student's t distribution with `freedom` degrees (whole, 1 or more)."""
     if not 0 < probability < 1 or freedom < 1 or freedom != int(freedom):
-        raise ValueError(f"student_t needs a probability between 0 and 1 and a whole number of "
-                         f"degrees of freedom from 1 on, not {probability} and {freedom}.")
+        raise UserError(f"student_t needs a probability between 0 and 1 and a whole number of "
+                        f"degrees of freedom from 1 on, not {probability} and {freedom}.")
     if probability < 0.5:
         return -student_t(1 - probability, freedom)
     if freedom > 1000:  # the expansion around the normal quantile; its next term is below 1e-8

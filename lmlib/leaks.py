@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from lmlib.errors import UserError
 from lmlib.files import read_mapping
 
 LEAKY = "lmlib_leaky"  # key in every config, result and record of a leaky run: the failed checks
 LEAKY_NAME = " (LEAKY)"  # suffix of its name in every table and figure
 
 
-class Leaky(ValueError):
+class Leaky(UserError):
     """A model or a split that leaks; nothing was trained."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 
 FINAL_LR_FRACTION = 0.1  # of the peak learning rate, at the end of the cosine
 
@@ -125,11 +126,11 @@ def _check_state(expected: dict[str, torch.Size], tensors: dict[str, Tensor]):
     if found == expected:
         return
     if (theirs := kind(found)) != (ours := kind(expected)):
-        raise ValueError(f"The saved optimizer state is that of {theirs}, and this run's optimizer "
-                         f"is {ours}: set optimizer to {theirs}, or init_state to weights.")
+        raise UserError(f"The saved optimizer state is that of {theirs}, and this run's optimizer "
+                        f"is {ours}: set optimizer to {theirs}, or init_state to weights.")
     wrong = sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key))
-    raise ValueError(f"The saved optimizer state does not fit this model ({', '.join(wrong[:3])}): "
-                     "set init_state to weights.")
+    raise UserError(f"The saved optimizer state does not fit this model ({', '.join(wrong[:3])}): "
+                    "set init_state to weights.")
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:

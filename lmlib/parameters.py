@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT, resolve_path
 from lmlib.leaks import LEAKY
 
@@ -53,14 +54,14 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         recipes = sorted(PROJECT_ROOT.glob("params/**/*.yaml"))
         known = ", ".join(recipe.relative_to(PROJECT_ROOT).as_posix() for recipe in recipes)
-        raise ValueError(f"There is no parameter file {path}. The recipes are: {known}.")
+        raise UserError(f"There is no parameter file {path}. The recipes are: {known}.")
     try:
         parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is not valid YAML: {reason}") from None
+        raise UserError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(parameters, dict):
-        raise ValueError(f"{path} must be a flat mapping: a line `name: value` per parameter.")
+        raise UserError(f"{path} must be a flat mapping: a line `name: value` per parameter.")
     parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is not a parameter
     return check_plain(parameters, str(path))
 
@@ -78,7 +79,7 @@ def check_plain(parameters: dict, source: str) -> dict[str, Any]:
         elif isinstance(value, str) and not value.isprintable():
             mistakes.append(f"{key} contains control characters or line breaks")
     if mistakes:
-        raise ValueError("\n  - ".join((f"{source} cannot be used:", *mistakes)))
+        raise UserError("\n  - ".join((f"{source} cannot be used:", *mistakes)))
     return parameters
 
 

@@ -21,6 +21,7 @@ from lmlib import checkpoint, evaluation, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokens import EvaluationText
 from lmlib.data.verify import data_hash
+from lmlib.errors import UserError
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import complete, generate_ids
@@ -40,7 +41,7 @@ SPIKE_WINDOW = 30  # recent losses that a spike is measured against
 PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # of the sample after each evaluation
 
 
-class NonFinite(ValueError):
+class NonFinite(UserError):
     """A loss or gradient norm was infinite or NaN; no weight was changed by it."""
 
 
@@ -74,8 +75,8 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
         store = open_store(start)  # before the lock, since tokenizing may take hours
         with hold_lock(run_dir), heartbeat(run_dir), stop_requests(run_dir) as stop_reason:
             if checkpoint.checkpoint_steps(run_dir) != start.steps:
-                raise ValueError(f"{run_dir} was trained by another process just now; run the "
-                                 "same command again.")
+                raise UserError(f"{run_dir} was trained by another process just now; run the "
+                                "same command again.")
             run = prepare(start, store)
             record_start(run)
             with closing(run.metrics):
@@ -278,13 +279,11 @@ def evaluate(run: Run) -> Iterator[Record]:
 
 def score(run: Run, text: EvaluationText) -> evaluation.Scores:
     """Score the model on a text, and keep what comparing it with other runs needs."""
-    progress = run.progress
-    scores = evaluation.evaluate(run.model, text, run.token_bytes, progress.micro_batch_size,
+    step, folder = run.progress.step, run.config.run_dir / "evaluations"
+    scores = evaluation.evaluate(run.model, text, run.token_bytes, run.progress.micro_batch_size,
                                  run.start.dtype)
-    folder = run.config.run_dir / "evaluations"
     folder.mkdir(exist_ok=True)
-    write_json(folder / f"{text.split}_step_{progress.step}.json", scores.to_json(progress.step),
-               indent=None)
+    write_json(folder / f"{text.split}_step_{step}.json", scores.to_json(step), indent=None)
     return scores
 
 

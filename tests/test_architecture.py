@@ -8,7 +8,7 @@ import pytest
 
 LMLIB = Path(__file__).parents[1] / "lmlib"
 FILES = sorted(LMLIB.rglob("*.py"))
-GROUND = ("files", "text", "leaks", "parameters", "intervals")
+GROUND = ("errors", "files", "text", "leaks", "parameters", "intervals")
 # Each room may import from those before it and from its own line.
 LAYERS = [
     GROUND, ("config", "audit"), ("distributed",), ("data", "model", "optim", "evaluation"),

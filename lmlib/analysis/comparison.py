@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import figures, frames
+from lmlib.errors import UserError
 from lmlib.files import read_json, resolve_path
 from lmlib.intervals import Estimate, clustered_mean
 from lmlib.leaks import known_leaks
@@ -68,7 +69,7 @@ def compare(run: str | Path, other: str | Path, step: int | None = None) -> Diff
     """
     named = frames.named_folders([run, other])
     if len(named) < 2:
-        raise ValueError(f"{run} and {other} are the same run: name two.")
+        raise UserError(f"{run} and {other} are the same run: name two.")
     _refuse_mixing({name: known_leaks(folder) for name, folder in named.items()})
     first, second = (read_evaluation(folder, step) for folder in named.values())
     names, steps = tuple(named), (first.attrs["step"], second.attrs["step"])
@@ -77,8 +78,8 @@ def compare(run: str | Path, other: str | Path, step: int | None = None) -> Diff
     table = _paired(first, second, size)
     if table.empty:
         counts = [frame["cluster"].nunique() for frame in (first, second)]
-        raise ValueError(f"{names[0]} and {names[1]} cannot be compared: of their {counts[0]} and "
-                         f"{counts[1]} validation {first.attrs['unit']}, none is the same.")
+        raise UserError(f"{names[0]} and {names[1]} cannot be compared: of their {counts[0]} and "
+                        f"{counts[1]} validation {first.attrs['unit']}, none is the same.")
     estimate = difference_of(table)
     table = table.rename(columns={"first": names[0], "second": names[1], "size": size})
     return Difference(names, steps, unit, first.attrs["unit"], estimate, table)
@@ -88,7 +89,7 @@ def _refuse_mixing(leaks: dict[str, str]):
     """Raise a ValueError if one of two runs leaks and the other does not."""
     leaky = [name for name, checks in leaks.items() if checks]
     if len(leaky) == 1:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(leaks)} cannot be compared: {leaky[0]} leaks, as it failed the checks "
             f"{printable(leaks[leaky[0]])}. Compare honest runs, or two that leak.")
 
@@ -104,17 +105,17 @@ def read_evaluation(run_dir: str | Path, step: int | None = None) -> pd.DataFram
                for path in (folder / "evaluations").glob("*.json")]
     files = {int(match[1]): path for match, path in matches if match}
     if not files:
-        raise ValueError(f"{folder} has no files of its evaluations: an older version trained it. "
-                         "Train it again, or extend it by some steps (total_steps).")
+        raise UserError(f"{folder} has no files of its evaluations: an older version trained it. "
+                        "Train it again, or extend it by some steps (total_steps).")
     if step is not None and step not in files:
-        raise ValueError(f"{folder} has no validation of step {step}, but of the steps "
-                         f"{', '.join(map(str, sorted(files)))}.")
+        raise UserError(f"{folder} has no validation of step {step}, but of the steps "
+                        f"{', '.join(map(str, sorted(files)))}.")
     path = files[max(files) if step is None else step]
     content = read_json(path)
     try:
         return _rows(content)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): compare another step.") from error
+        raise UserError(f"{path} is damaged ({error}): compare another step.") from error
 
 
 def _rows(content: dict) -> pd.DataFrame:
@@ -122,7 +123,7 @@ def _rows(content: dict) -> pd.DataFrame:
     columns = ["cluster", "nats", "hits", "tokens", "bytes"]
     numbers = np.array([content[name] for name in columns], float)  # (columns, rows)
     if not numbers.size or not np.isfinite(numbers).all() or numbers.min() < 0:
-        raise ValueError("no rows, or numbers that are not finite")
+        raise UserError("no rows, or numbers that are not finite")
     rows, names = pd.DataFrame(numbers.T, columns=columns), content["clusters"]
     rows["cluster"] = [printable(str(names[int(number)])) for number in rows["cluster"]]
     rows.attrs = {name: content[name] for name in HEADER}

@@ -6,6 +6,7 @@ A run may be empty, running, damaged or of another version: what can be read is 
 import gc
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lmlib.config import ABSENT, RunConfig, unused_parameters
+from lmlib.errors import UserError
 from lmlib.files import read_mapping, resolve_path
 from lmlib.intervals import FEW
 from lmlib.leaks import LEAKY, LEAKY_NAME, known_leaks
@@ -69,7 +71,7 @@ def named_folders(run_dirs: Iterable[str | Path] | str | Path) -> dict[str, Path
     named: dict[str, Path] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"There is no run {folder}. `lmlib runs` lists the runs.")
+            raise UserError(f"There is no run {folder}. `lmlib runs` lists the runs.")
         others, length = [other.parts for other in folders if other != folder], 1
         while folder.parts[-length:] in [parts[-length:] for parts in others]:
             length += 1
@@ -213,6 +215,62 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
     table[counts] = table[counts].replace([np.inf, -np.inf], np.nan).round().astype("Int64")
     return table.rename_axis("run")
+
+
+def overview(output_dir: str | Path) -> pd.DataFrame:
+    """Return the runs under a folder, sweeps' too, newest first; the index is the path inside it.
+
+    Columns: state ("running", "finished", ...), date (when it was last started, local time),
+    steps, total (steps asked for), bits per byte (of the last evaluation), notes, folder.
+    """
+    output_dir = resolve_path(output_dir).absolute()
+    folders = list(named_folders(find_runs(output_dir, nested=True)).values())
+    table = results_table(folders)
+    states = [state.partition("; ") for state in table["state"]]
+    dates = pd.to_datetime([_last_start(folder) for folder in folders], utc=True, errors="coerce")
+    found = pd.DataFrame({
+        "state": [state for state, _, _ in states],
+        "date": dates.tz_convert(datetime.now().astimezone().tzinfo),
+        "steps": table["steps"].tolist(),
+        "total": [read_mapping(folder / "config.json").get("total_steps") for folder in folders],
+        "bits per byte": table["bits per byte"].tolist(),
+        "notes": [notes for _, _, notes in states], "folder": list(map(str, folders))})
+    found.index = [printable(folder.relative_to(output_dir).as_posix()) for folder in folders]
+    return found.sort_values("date", ascending=False, kind="stable").rename_axis("run")
+
+
+def _last_start(folder: Path) -> Any:
+    """Return when a run was last started or resumed, as environment.json says; None if unknown."""
+    sessions = read_mapping(folder / "environment.json").get("sessions")
+    last = sessions[-1] if isinstance(sessions, list) and sessions else {}
+    return last.get("started") if isinstance(last, dict) else None
+
+
+def evaluated_on(folder: Path) -> dict[str, Any]:
+    """Return what decides whether two runs' losses can be compared: text, tokenizer and windows."""
+    config, hashes = whole_config(folder), environment(folder, "data")
+    old = environment(folder, "fingerprints")  # what older versions recorded
+    return {"validation text": hashes.get("validation", old.get("validation.bin")),
+            "tokenizer": hashes.get("tokenizer", old.get("tokenizer.json")),
+            "sequence_length": config.get("sequence_length"),
+            "validation_windows": config.get("validation_windows")}
+
+
+def loss_column(run_dirs: Iterable[str | Path]) -> tuple[str, str]:
+    """Return the column in which runs can be compared, and a warning, "" if there is none.
+
+    That is "val_loss" where all runs were scored on the same windows in the same tokens, else
+    "val_bits_per_byte".
+    """
+    texts = [evaluated_on(Path(folder)) for folder in run_dirs]
+    different = [name for name in (texts[0] if texts else [])
+                 if len({repr(text[name]) for text in texts}) > 1]
+    if not different:
+        return "val_loss", ""
+    other_text = ("" if different == ["tokenizer"] else
+                  " They were scored on different text, so small differences mean nothing.")
+    return "val_bits_per_byte", (f"⚠ These runs differ in {', '.join(different)}: their losses per "
+                                 f"token cannot be compared, bits per byte can.{other_text}")
 
 
 def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = True) -> pd.DataFrame:

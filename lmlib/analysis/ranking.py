@@ -31,13 +31,10 @@ def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """Return `results_table` with each run's seed, model, folder, and what it was evaluated on."""
     folders, rows = frames.named_folders(run_dirs), []
     for folder in folders.values():
-        config, hashes = frames.whole_config(folder), frames.environment(folder, "data")
-        old = frames.environment(folder, "fingerprints")  # what older versions recorded
+        config = frames.whole_config(folder)
         kept = {name: value for name, value in config.items() if name not in NOT_THE_MODEL}
         # Losses on other windows, or in other tokens, cannot be compared.
-        text = [hashes.get("validation", old.get("validation.bin")),
-                hashes.get("tokenizer", old.get("tokenizer.json")),
-                config.get("sequence_length"), config.get("validation_windows")]
+        text = list(frames.evaluated_on(folder).values())
         rows.append([config.get("seed"), json.dumps(kept, sort_keys=True), json.dumps(text),
                      str(folder)])
     columns = ["seed", "model", "evaluated on", "folder"]

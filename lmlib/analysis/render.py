@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, BboxTransformTo
 
+from lmlib.errors import UserError
 from lmlib.files import atomic_write
 
 WIDTH = 864  # pixels of a PNG
@@ -52,7 +53,7 @@ def save(figure: go.Figure, path: str | Path, title: str = "", above: str = ""):
             f"<title>{html.escape(title or path.stem)}</title></head><body>{above}"
             f"{figure.to_html(include_plotlyjs=True, full_html=False)}</body></html>").encode()
     else:
-        raise ValueError(f"{path.name} must end in .png or .html.")
+        raise UserError(f"{path.name} must end in .png or .html.")
     with atomic_write(path) as draft:
         draft.write_bytes(content)
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lmlib.audit.probe import Arguments, Probe, spread
 from lmlib.audit.report import REPEATS, TOLERANCE, Report, leaks_above, one_line
+from lmlib.errors import UserError
 
 
 def check_batch_independence(model: nn.Module, vocab_size: int | None = None,
@@ -102,7 +103,7 @@ def _cache_changes(probe: Probe, length: int, pieces: list[int], cache_name: str
                 pair = isinstance(output, tuple)
                 cache = output[1] if pair else getattr(output, cache_name, None)
                 if cache is None:
-                    raise ValueError(f"the model accepts {cache_name} but returns none")
+                    raise UserError(f"the model accepts {cache_name} but returns none")
             logits.append(probe.to_logits(output, piece.shape))
         decoded = torch.cat(logits, dim=1)
         decoded = torch.where(decoded.isinf(), 0.0, decoded)  # as Probe does

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from lmlib.audit.probe import Probe, fixed_rng
 from lmlib.audit.report import Report
+from lmlib.errors import UserError
 
 IGNORED = -100  # the label that cross_entropy leaves out
 
@@ -23,7 +24,7 @@ def check_labels(model: nn.Module, inputs: Tensor | None = None, targets: Tensor
     id that fills short rows, must be -100. A model that computes no loss raises ValueError.
     """
     if inputs is not None and (inputs.dim() != 2 or getattr(targets, "shape", 0) != inputs.shape):
-        raise ValueError("inputs and targets must both have the shape (B, T).")
+        raise UserError("inputs and targets must both have the shape (B, T).")
     probe = Probe(model, vocab_size, inputs.shape[1] if inputs is not None else None)
     if inputs is None:
         ids = probe.draw(4, min(probe.sequence_length, 32), seed=5)
@@ -82,6 +83,6 @@ def _model_loss(probe: Probe, inputs: Tensor, targets: Tensor) -> Tensor:
     parts = output if isinstance(output, tuple) else (getattr(output, "loss", output),)
     loss = next((part for part in parts if isinstance(part, Tensor) and part.dim() == 0), None)
     if loss is None:
-        raise ValueError("The model computes no loss that the audit knows: pass "
-                         "loss=lambda model, inputs, targets: ...")
+        raise UserError("The model computes no loss that the audit knows: pass "
+                        "loss=lambda model, inputs, targets: ...")
     return loss

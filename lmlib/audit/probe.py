@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmlib.audit.report import one_line
+from lmlib.errors import UserError
 
 Arguments = Callable[[Tensor], dict[str, Any]]  # ids (B, T) -> further arguments of forward
 
@@ -36,11 +37,11 @@ class Probe:
                  sequence_length: int | None = None, arguments: Arguments | None = None,
                  dtype: torch.dtype = torch.float32):
         if not isinstance(model, nn.Module):
-            raise ValueError("The audit needs a torch module from ids (B, T) to logits (B, T, V), "
-                             f"not a {type(model).__name__}.")
+            raise UserError("The audit needs a torch module from ids (B, T) to logits (B, T, V), "
+                            f"not a {type(model).__name__}.")
         for name, size in (("sequence_length", sequence_length), ("vocab_size", vocab_size)):
             if size is not None and size < 2:
-                raise ValueError(f"{name} is {size}; the audit needs two tokens or more.")
+                raise UserError(f"{name} is {size}; the audit needs two tokens or more.")
         self.made_from = (model, vocab_size, sequence_length, arguments)
         self.model = model = _copy(model, dtype)
         self.device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -50,8 +51,8 @@ class Probe:
                     if parameter.default is parameter.empty and "VAR" not in parameter.kind.name]
         self.required = [] if arguments else required
         if unknown := [name for name in self.required if name not in KNOWN_ARGUMENTS]:
-            raise ValueError(f"{type(model).__name__}.forward needs {', '.join(unknown)} besides "
-                             f"ids: pass arguments=lambda ids: {{{unknown[0]!r}: ...}}.")
+            raise UserError(f"{type(model).__name__}.forward needs {', '.join(unknown)} besides "
+                            f"ids: pass arguments=lambda ids: {{{unknown[0]!r}: ...}}.")
         padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         self.padding = -1 if padding is None else padding
         self.order = None  # of the dimensions of the logits, once they are known
@@ -73,7 +74,7 @@ class Probe:
         for buffers, name, value in saved:
             buffers[name] = value
         if logits.isnan().any():
-            raise ValueError(f"The logits of {ids.shape[1]} random tokens are not all finite.")
+            raise UserError(f"The logits of {ids.shape[1]} random tokens are not all finite.")
         return torch.where(logits.isinf(), 0.0, logits)  # -inf rules a token out
 
     def forward(self, ids: Tensor, use_cache: bool = False, **more: Any) -> Any:
@@ -92,14 +93,14 @@ class Probe:
             tensors = (part for part in logits if isinstance(part, Tensor) and part.dim() >= 2)
             logits = next(tensors, logits)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            raise ValueError(f"The model gave a {type(logits).__name__} where logits are needed.")
+            raise UserError(f"The model gave a {type(logits).__name__} where logits are needed.")
         if logits.dim() == 2 and len(logits) == B * T:
             return logits.view(B, T, -1)
         orders = ((0, 1, 2), (1, 0, 2), (0, 2, 1)) if logits.dim() == 3 else ()  # models' layouts
         fits = [order for order in orders if logits.permute(order).shape[:2] == (B, T)]
         if not fits:
-            raise ValueError(f"For ids of shape ({B}, {T}) the model gave {tuple(logits.shape)}; "
-                             "logits of every position, (B, T, V), are needed.")
+            raise UserError(f"For ids of shape ({B}, {T}) the model gave {tuple(logits.shape)}; "
+                            "logits of every position, (B, T, V), are needed.")
         if len(fits) == 1:  # where sizes coincide, several fit: the layout of earlier calls decides
             self.order = fits[0]
         return logits.permute(self.order if self.order in fits else fits[0])
@@ -158,9 +159,9 @@ class Probe:
         for length in [requested] if requested else dict.fromkeys([*said, *guesses]):
             if not (problem := self.problem(length)):
                 return length
-        raise ValueError(f"The model does not run on a window of {length} tokens ({problem}). Pass "
-                         "another sequence_length, or what its forward needs besides ids: "
-                         "arguments=lambda ids: {...}.")
+        raise UserError(f"The model does not run on a window of {length} tokens ({problem}). Pass "
+                        "another sequence_length, or what its forward needs besides ids: "
+                        "arguments=lambda ids: {...}.")
 
     def _find_vocab_size(self) -> int:
         """Return what the model says, or the smaller of its embedding and the logits' width."""
@@ -174,7 +175,7 @@ class Probe:
         rows = [module.num_embeddings for module, inputs in calls if embeds(module, inputs, ids)]
         self.vocab_size = min([width, *rows])
         if self.vocab_size < 2 or self.problem(self.sequence_length):
-            raise ValueError("The model does not say its vocabulary size: pass vocab_size=N.")
+            raise UserError("The model does not say its vocabulary size: pass vocab_size=N.")
         return self.vocab_size
 
 
@@ -218,14 +219,14 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a frozen copy in float32 or better, whose all-zero tensors are random."""
     original = list(model.parameters())
     if any(tensor.is_meta for tensor in original):
-        raise ValueError("The model is on the meta device; load its weights first.")
+        raise UserError("The model is on the meta device; load its weights first.")
     try:
         model = copy.deepcopy(model)
     except Exception as error:
-        raise ValueError(f"The audit needs a copy, and copying failed ({error}).") from error
+        raise UserError(f"The audit needs a copy, and copying failed ({error}).") from error
     if any(a.numel() and a.data_ptr() == b.data_ptr()
            for a, b in zip(original, model.parameters(), strict=False)):
-        raise ValueError("The audit needs a copy, and this model's copy shares its tensors.")
+        raise UserError("The audit needs a copy, and this model's copy shares its tensors.")
     if dtype == torch.float64 or any(x.dtype in (torch.float16, torch.bfloat16) for x in original):
         model.to(dtype)
     model.requires_grad_(False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmlib.audit.probe import fixed_rng
 from lmlib.audit.report import Report
+from lmlib.errors import UserError
 from lmlib.intervals import Estimate
 
 
@@ -20,7 +21,7 @@ def check_evaluation(evaluate: Callable[[nn.Module, Tensor], float], model: nn.M
     are four or more held-out ones, (W, T + 1).
     """
     if len(windows) < 4:
-        raise ValueError(f"check_evaluation needs four windows or more, not {len(windows)}.")
+        raise UserError(f"check_evaluation needs four windows or more, not {len(windows)}.")
     modes = {module: module.training for module in model.modules()}
     device = next((tensor.device for tensor in model.parameters()), windows.device)
     def score(rows: Tensor, training: bool = False, seed: int = 0) -> float:
@@ -95,7 +96,7 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
     # memorized the text pays for the first positions, which locate the passage, and for no others.
     losses, accuracy = (torch.as_tensor(list(x), dtype=torch.float64) for x in (losses, accuracy))
     if losses.dim() != 1 or losses.shape != accuracy.shape or len(losses) < 4:
-        raise ValueError("check_profile needs loss and accuracy at each of four positions or more.")
+        raise UserError("check_profile needs loss and accuracy at each of four positions or more.")
     if not (losses.isfinite().all() and accuracy.isfinite().all()):
         return Report("profile", None, "some losses are not finite numbers: the model diverged.")
     L, first, last, p = len(losses), float(losses[0]), float(losses[-1]), float(accuracy[-1])

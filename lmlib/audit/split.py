@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmlib.audit.report import Report
+from lmlib.errors import UserError
 from lmlib.text import normalize
 
 NGRAM = 13  # words or tokens; a shorter run recurs by coincidence (arXiv:2005.14165, appendix C)
@@ -29,7 +30,7 @@ def check_split(training: Iterable[str], held_out: Iterable[str], n: int = NGRAM
     # its words, in runs of n, with training text; of all held-out words, SHARED may be shared.
     training, held_out = list(training), list(held_out)
     if not training or not held_out:
-        raise ValueError("check_split needs training and held-out documents; one list is empty.")
+        raise UserError("check_split needs training and held-out documents; one list is empty.")
     normalized, N = [normalize(text) for text in training + held_out], len(training)
     exact, forms = set(training), set(normalized[:N])
     duplicates = [i for i, text in enumerate(normalized[N:]) if text in forms]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lmlib import checkpoint
 from lmlib.cli import look
 from lmlib.cli.parser import parse_step
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation import text as generation
 from lmlib.generation.settings import Settings, format_setting, parse_setting
@@ -45,11 +46,11 @@ def generate(options: argparse.Namespace):
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     has_batch = bool(options.prompts or options.prompts_file or options.output or options.format)
     if options.mode == "interactive" and has_batch:
-        raise ValueError("--prompts, --prompts-file, --output and --format belong to --mode batch")
+        raise UserError("--prompts, --prompts-file, --output and --format belong to --mode batch")
     prompts, is_batch = list(_prompts(options)), has_batch or options.mode == "batch"
     if is_batch and not prompts:
-        raise ValueError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", '
-                         "or --prompts-file FILE (or -)")
+        raise UserError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", '
+                        "or --prompts-file FILE (or -)")
     session = Session(options.run, *checkpoint.load(options.run, options.step), settings)
     if leaks := known_leaks(resolve_path(options.run)):
         print(f"This model LEAKS ({printable(leaks)}): its scores and texts are not those of a "
@@ -107,11 +108,11 @@ def _execute(session: Session, line: str):
             session.settings = replace(session.settings, **{name: parse_setting(name, text)})
             print(f"{name}: {format_setting(getattr(session.settings, name))}")
         case ["set", name, *_]:
-            raise ValueError(f"set {name}: write set, a name and a value; the names are "
-                             f"{', '.join(settings)}")
+            raise UserError(f"set {name}: write set, a name and a value; the names are "
+                            f"{', '.join(settings)}")
         case ["again"]:
             if not session.prompt:
-                raise ValueError("again: there is no prompt yet")
+                raise UserError("again: there is no prompt yet")
             session.settings = replace(session.settings, seed=session.settings.seed + 1)
             print(f"(seed {session.settings.seed})")
             _generate(session)
@@ -124,8 +125,8 @@ def _step_to_load(text: str) -> int | Literal["best"]:
     try:
         return parse_step(text)
     except argparse.ArgumentTypeError:
-        raise ValueError(f"load {text}: write a step, as in load 500, or load best; load alone: "
-                         "the newest") from None
+        raise UserError(f"load {text}: write a step, as in load 500, or load best; load alone: "
+                        "the newest") from None
 
 
 def _generate(session: Session):
@@ -147,7 +148,7 @@ def _batch(session: Session, options: argparse.Namespace, prompts: list[str]):
         try:
             ids.append(generation.encode(model, tokenizer, prompt))
         except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
+            raise UserError(f"prompt {number}: {error}") from None
     with (open(options.output, "w", encoding="utf-8") if options.output
           else contextlib.nullcontext(sys.stdout)) as out:
         for start in range(0, len(ids), generation.ROWS):

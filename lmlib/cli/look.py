@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from lmlib.cli.parser import missing_packages
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.leaks import LEAKY
 from lmlib.run.lock import lock_holder
@@ -16,7 +17,7 @@ def audit(options: argparse.Namespace) -> int:
     """Print the verdicts and write the page; return 1 if a check failed."""
     page = Path(options.page) if options.page else None
     if page and (page.suffix != ".html" or not page.absolute().parent.is_dir()):
-        raise ValueError(f"--page {page} must end in .html and lie in a folder that exists.")
+        raise UserError(f"--page {page} must end in .html and lie in a folder that exists.")
     from lmlib.run import run_audit
     reports = run_audit.audit(options.source, options.step)
     for report in reports:
@@ -38,7 +39,7 @@ def checkpoints(options: argparse.Namespace):
     from lmlib import checkpoint
     run_dir = resolve_path(options.run)
     if not run_dir.is_dir():
-        raise ValueError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
+        raise UserError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
     folders = {step: run_dir / "checkpoints" / f"checkpoint_step_{step}"
                for step in checkpoint.checkpoint_steps(run_dir)}
     manifests, errors = {}, {}
@@ -81,10 +82,10 @@ def stop(options: argparse.Namespace):
     """Ask a run to stop, through a file in its folder, and wait until it has seen that."""
     run_dir = resolve_path(options.run)
     if not (run_dir / "config.json").exists():
-        raise ValueError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
+        raise UserError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
     # A folder without locks may be shared with the machine that trains there.
     if lock_holder(run_dir) is None and (run_dir.parent / ".locks").exists():
-        raise ValueError(f"{options.run} is not running here, so there is nothing to stop.")
+        raise UserError(f"{options.run} is not running here, so there is nothing to stop.")
     request = run_dir / "stop"
     request.touch()
     print(f"Asked {run_dir.name} to stop: it finishes its step, saves and stops.", flush=True)
@@ -99,7 +100,7 @@ def clean(options: argparse.Namespace) -> int:
     from lmlib.run.clean import delete, find_leftovers
     output_dir = resolve_path(options.output_dir)
     if not output_dir.is_dir():
-        raise ValueError(f"There is no folder {options.output_dir}.")
+        raise UserError(f"There is no folder {options.output_dir}.")
     found = find_leftovers(output_dir)
     if not found:
         print(f"There is nothing to delete in {output_dir}.")

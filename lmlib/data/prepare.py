@@ -26,6 +26,7 @@ from lmlib.data.corpus import Document, corpus_files, split_documents
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
 from lmlib.data.verify import DOCUMENTS, SPLITS, STREAMS, damage, write_info
+from lmlib.errors import UserError
 from lmlib.files import file_sha256, read_mapping, sync_folder
 
 STORE_FORMAT = 2
@@ -40,8 +41,8 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
     """
     tokenizer = tokenizer or config.tokenizer
     if tokenizer == "train" and (config.vocab_size or 0) < 257:
-        raise ValueError(f"vocab_size is {config.vocab_size}; a tokenizer trained here needs 257 "
-                         "or more: one for every byte, and the end-of-text token.")
+        raise UserError(f"vocab_size is {config.vocab_size}; a tokenizer trained here needs 257 "
+                        "or more: one for every byte, and the end-of-text token.")
     identity = store_identity(config, tokenizer)
     stores = config.run_dir.parent / ".tokens"
     folder = _folder_of(config, stores, identity)
@@ -56,8 +57,8 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
                 _build(config, tokenizer, identity, folder)
     store = TokenStore.open(config, folder)
     if store.vocab_size < len(store.tokenizer):
-        raise ValueError(f"vocab_size {store.vocab_size} is less than the tokenizer's "
-                         f"{len(store.tokenizer)} tokens; write that or more, or null.")
+        raise UserError(f"vocab_size {store.vocab_size} is less than the tokenizer's "
+                        f"{len(store.tokenizer)} tokens; write that or more, or null.")
     _check_lengths(config, store)
     return store
 
@@ -208,7 +209,7 @@ def _write_splits(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, 
                 is_limited=config.max_tokens is not None)
     total = sum(split.tokens for split in splits.values())
     if total == 0:
-        raise ValueError(f"The corpus {config.corpus} holds no text.")
+        raise UserError(f"The corpus {config.corpus} holds no text.")
     training = splits["training"]
     np.unique(np.array(training.hashes, "<u8")).tofile(folder / DOCUMENTS["training"])
     for name in SPLITS[1:]:
@@ -273,7 +274,7 @@ def _check_lengths(config: RunConfig, store: TokenStore):
         values = " and ".join(f"{name} {value:g}" for name, value in fractions.items())
         kept = " and ".join(f"{count} for {name}" for name, count in documents.items())
         remedy = f"{values} would hold out {kept} of its documents; or {remedy}"
-    raise ValueError(
+    raise UserError(
         f"The {' and '.join(short)} split of {config.validation_corpus or config.corpus} is "
         f"shorter than one window of sequence_length {config.sequence_length} and its last target "
         f"({counts}): {remedy}.")

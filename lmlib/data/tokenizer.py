@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,11 +36,11 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The tokenizer {name} cannot be loaded from a folder or from "
-                         f"Hugging Face: {error}") from error
+        raise UserError(f"The tokenizer {name} cannot be loaded from a folder or from "
+                        f"Hugging Face: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {name} has no end-of-text token (eos_token), which must "
-                         "end each document.")
+        raise UserError(f"The tokenizer {name} has no end-of-text token (eos_token), which must "
+                        "end each document.")
     return tokenizer
 
 

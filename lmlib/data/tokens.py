@@ -16,6 +16,7 @@ from torch import Tensor
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.data.verify import DOCUMENTS, SPLITS, STREAMS, verify_later
+from lmlib.errors import UserError
 from lmlib.files import read_json
 
 SPLIT = 2**32 - 1  # in place of an epoch, for the permutation that splits overlapping windows
@@ -81,9 +82,9 @@ class TokenStore:
     def wait_until_verified(self):
         """Raise a ValueError if the files are not what was written; see `verify_later`."""
         if self.verification is not None and (changed := self.verification.result()):
-            raise ValueError(f"The token cache {self.folder} is damaged ({changed}), so nothing "
-                             "that was trained on it is saved. Run the same command again: it is "
-                             "built again, and the run resumes from its last checkpoint.")
+            raise UserError(f"The token cache {self.folder} is damaged ({changed}), so nothing "
+                            "that was trained on it is saved. Run the same command again: it is "
+                            "built again, and the run resumes from its last checkpoint.")
 
     def describe(self) -> str:
         """Describe the splits in a few lines."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
+from lmlib.errors import UserError
 from lmlib.parameters import unknown_name
 
 
@@ -52,14 +53,14 @@ class Settings:
         object.__setattr__(self, "stop_strings", stops)
         if wrong := [f"{f.name} is {getattr(self, f.name)!r}; write {_expected(f)}"
                      for f in fields(self) if not _is_valid(f, getattr(self, f.name))]:
-            raise ValueError("; ".join(wrong) + ".")
+            raise UserError("; ".join(wrong) + ".")
 
     @classmethod
     def of(cls, *values: Any, **settings: Any) -> "Settings":
         """Build settings from arguments; a ValueError names the unknown ones."""
         names = [f.name for f in fields(cls)]
         if unknown := [name for name in settings if name not in names]:
-            raise ValueError("; ".join(unknown_name(name, names, "setting") for name in unknown))
+            raise UserError("; ".join(unknown_name(name, names, "setting") for name in unknown))
         return cls(*values, **settings)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmlib.errors import UserError
 from lmlib.generation.sampling import sample_ids
 from lmlib.generation.settings import Settings
 from lmlib.model.transformer import LanguageModel
@@ -47,8 +48,8 @@ def generate(model: LanguageModel, tokenizer: Any, prompts: list[str] | str | Te
         return _generate_tensor(model, tokenizer, prompts, chosen)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list | tuple):
-        raise ValueError("prompts must be a string, a list of strings or a tensor, not "
-                         f"{type(prompts).__name__}.")
+        raise UserError("prompts must be a string, a list of strings or a tensor, not "
+                        f"{type(prompts).__name__}.")
     ids = [encode(model, tokenizer, prompt) for prompt in prompts]
     batches = [ids[start : start + ROWS] for start in range(0, len(ids), ROWS)]
     return [text.text for batch in batches
@@ -58,8 +59,8 @@ def generate(model: LanguageModel, tokenizer: Any, prompts: list[str] | str | Te
 def _generate_tensor(model: LanguageModel, tokenizer: Any, ids: Tensor,
                      settings: Settings) -> Tensor:
     if ids.dim() != 2 or ids.is_floating_point() or ids.numel() < 1:
-        raise ValueError("ids must be integers of shape (B, T), both at least 1; "
-                         f"these are {ids.dtype} {tuple(ids.shape)}.")
+        raise UserError("ids must be integers of shape (B, T), both at least 1; "
+                        f"these are {ids.dtype} {tuple(ids.shape)}.")
     steps = generate_ids(model, tokenizer, ids.tolist(), settings, bool(settings.stop_strings))
     rows = [torch.tensor(text.ids, dtype=torch.int64, device=ids.device)
             for text in complete(steps)]
@@ -79,7 +80,7 @@ def stream(model: LanguageModel, tokenizer: Any, prompt: str,
 def encode(model: LanguageModel, tokenizer: Any, prompt: str) -> list[int]:
     """Return the ids of a prompt (of an empty one: the end-of-text token) that fits the window."""
     if not isinstance(prompt, str):
-        raise ValueError(f"A prompt must be text, not {type(prompt).__name__}.")
+        raise UserError(f"A prompt must be text, not {type(prompt).__name__}.")
     prompt = prompt.encode("utf-8", "replace").decode()  # a terminal may give lone surrogates
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     ids = ids or [tokenizer.eos_token_id]
@@ -90,17 +91,17 @@ def encode(model: LanguageModel, tokenizer: Any, prompt: str) -> list[int]:
 def _check_ids(model: LanguageModel, ids: list[int]):
     window, last = model.config.sequence_length, model.config.vocab_size - 1
     if len(ids) > window:
-        raise ValueError(f"The prompt has {len(ids)} tokens and the model's context window is "
-                         f"{window}: shorten the prompt.")
+        raise UserError(f"The prompt has {len(ids)} tokens and the model's context window is "
+                        f"{window}: shorten the prompt.")
     if min(ids) < 0 or max(ids) > last:
-        raise ValueError(f"ids must lie between 0 and {last}, the model's vocabulary.")
+        raise UserError(f"ids must lie between 0 and {last}, the model's vocabulary.")
 
 
 def check_top_k(model: LanguageModel, settings: Settings):
     size = model.config.vocab_size
     if settings.top_k and settings.top_k > size:
-        raise ValueError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the "
-                         "vocabulary, or 0 for all.")
+        raise UserError(f"top_k is {settings.top_k}; write 1 to {size}, the size of the "
+                        "vocabulary, or 0 for all.")
 
 
 def generate_ids(model: LanguageModel, tokenizer: Any, prompts: list[list[int]],

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmlib.config import MLA_ONLY, MLP_ONLY, MODEL, MOE_ONLY, RunConfig
+from lmlib.errors import UserError
 from lmlib.files import write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.transformer import LanguageModel
@@ -34,7 +35,7 @@ _IGNORED = {
     "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_cache"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is corrupted, incomplete or of a model that lmlib does not support."""
 
 

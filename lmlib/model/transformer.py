@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.model import attention
 from lmlib.model.attention import Cache, LatentAttention, Linear, MultiHeadAttention, RMSNorm
 from lmlib.model.loss import HeadLoss
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: RunConfig):
         super().__init__()
         if config.vocab_size is None:  # only a tokenizer can fill it in
-            raise ValueError("vocab_size is null (the tokenizer's size); write it as a number.")
+            raise UserError("vocab_size is null (the tokenizer's size); write it as a number.")
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.parameters import unknown_name
 
@@ -36,7 +37,7 @@ def notebook_folder(namespace: dict[str, Any]) -> Path:
     known = set(RunConfig().to_dict()).union(*cells)
     if unknown := sorted(injected.keys() - known):
         lines = "\n".join(f"  - {unknown_name(name, known)}" for name in unknown)
-        raise ValueError(f"Invalid parameters:\n{lines}")
+        raise UserError(f"Invalid parameters:\n{lines}")
     return resolve_path(namespace["output_dir"])
 
 

@@ -12,6 +12,7 @@ import ipywidgets as w
 from IPython.display import display
 
 from lmlib import checkpoint
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import HALF, Continuation, describe_continuation, encode, generate_ids
@@ -191,10 +192,10 @@ class Playground:
         try:
             temperatures = [float(word) for word in words if word.strip()]
         except ValueError:
-            raise ValueError("temperatures must be numbers, for example 0, 0.8, 1.2") from None
+            raise UserError("temperatures must be numbers, for example 0, 0.8, 1.2") from None
         steps, settings = self.chosen.value, self.settings()
         if not (steps and temperatures):
-            raise ValueError("choose at least one checkpoint and one temperature")
+            raise UserError("choose at least one checkpoint and one temperature")
         cells = [(step, replace(settings, temperature=t)) for step in steps for t in temperatures]
         for texts in self._generate_cells(self.prompt.value, cells):
             rows = [(f"temperature {t:g}", texts[row :: len(temperatures)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lmlib.errors import UserError
 from lmlib.generation.text import Continuation, detokenize
 from lmlib.model.transformer import LanguageModel
 from lmlib.text import printable
@@ -52,8 +53,8 @@ def score_tokens(model: LanguageModel, tokenizer: Any,
     window before it was generated from more context than the cut leaves. ValueError: no prompt.
     """
     if not text.prompt_ids:
-        raise ValueError("The first token of a text cannot be scored: nothing comes before it. "
-                         "Give at least one token as the prompt.")
+        raise UserError("The first token of a text cannot be scored: nothing comes before it. "
+                        "Give at least one token as the prompt.")
     ids, first = text.prompt_ids + text.ids, len(text.prompt_ids)
     window = model.config.sequence_length
     if (dropped := len(ids) - window) > 0:

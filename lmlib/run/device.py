@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
@@ -15,8 +16,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA "
-                         "devices here: choose 'auto' or 'cpu'.")
+        raise UserError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA "
+                        "devices here: choose 'auto' or 'cpu'.")
     return device
 
 

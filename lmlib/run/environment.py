@@ -13,6 +13,7 @@ from torch import nn
 
 from lmlib.data.tokens import TokenStore
 from lmlib.data.verify import PIECE, SPLITS, STREAMS, data_hash
+from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT, file_sha256, read_mapping
 
 PACKAGES = ("lmlib", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
@@ -95,9 +96,9 @@ def check_data(run_dir: Path, source: Path, store: TokenStore):
         manifest = read_mapping(source / "checkpoint.json")
         changed = [] if manifest.get("data") in (None, data_hash(store.info)) else ["tokens"]
     if changed:
-        raise ValueError(f"The data of this run have changed ({', '.join(changed)}): its corpus "
-                         "or tokenizer is not the one it was trained on. Restore the text, or "
-                         "start a run with another run_name (init_from keeps the weights).")
+        raise UserError(f"The data of this run have changed ({', '.join(changed)}): its corpus "
+                        "or tokenizer is not the one it was trained on. Restore the text, or "
+                        "start a run with another run_name (init_from keeps the weights).")
 
 
 def _whole_hash(store: TokenStore, split: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lmlib.errors import UserError
 from lmlib.files import read_mapping, utc_now
 
 BEAT = 5.0  # seconds between heartbeats
@@ -33,8 +34,8 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
     try:  # waits an instant, since `lock_holder` may hold it to look
         held = FileLock(path).acquire(timeout=1, poll_interval=0.02)
     except Timeout:
-        raise ValueError(f"{run_dir} is being written by process {_pid(path)}; stop that one "
-                         "first, or choose another run_name.") from None
+        raise UserError(f"{run_dir} is being written by process {_pid(path)}; stop that one "
+                        "first, or choose another run_name.") from None
     with held:
         path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.intervals import Estimate
 from lmlib.leaks import LEAKY, LEAKY_NAME
 from lmlib.text import format_duration, printable
@@ -61,8 +62,8 @@ class Metrics:
     """
     def __init__(self, path: Path, size: int):
         if size > (path.stat().st_size if path.exists() else 0):
-            raise ValueError(f"{path} is shorter than its checkpoint says, so it was edited or "
-                             "truncated: restore it, or choose another run_name.")
+            raise UserError(f"{path} is shorter than its checkpoint says, so it was edited or "
+                            "truncated: restore it, or choose another run_name.")
         self.file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
         self.file.truncate(size)
 

@@ -14,6 +14,7 @@ from lmlib.config import RunConfig
 from lmlib.data import tokens
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import token_bytes
+from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.model.huggingface import CheckpointError
 from lmlib.run import preflight
@@ -54,16 +55,16 @@ def audit(source: str | Path, step: int | None = None) -> list[Report]:
 
 def _from_hub(name: str, step: int | None) -> nn.Module:
     if step is not None:
-        raise ValueError(f"{name} is a single model, so step={step} does not apply; give a run's "
-                         "folder.")
+        raise UserError(f"{name} is a single model, so step={step} does not apply; give a run's "
+                        "folder.")
     import transformers
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a bad folder or no network
         reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ValueError(f"{name} is not a folder here, and transformers cannot load it: {reason}. "
-                         "`lmlib runs` lists the runs.") from error
+        raise UserError(f"{name} is not a folder here, and transformers cannot load it: {reason}. "
+                        "`lmlib runs` lists the runs.") from error
 
 
 def _config_in(folder: Path) -> RunConfig:

@@ -15,6 +15,7 @@ from lmlib.config import ABSENT, RunConfig
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity
 from lmlib.data.tokens import TokenStore
+from lmlib.errors import UserError
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
@@ -56,12 +57,12 @@ def find_start(config: RunConfig) -> Start:
         step = checkpoint.read_state(source)["step"]
         _check_sources(config, source)
     elif (run_dir / "results.json").exists():
-        raise ValueError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
-                         "resume: choose another run_name.")
+        raise UserError(f"{run_dir} is a finished run whose checkpoints are gone, so it cannot "
+                        "resume: choose another run_name.")
     elif config.init_from:
         config, source, step = _start_from_parent(config)
     if step > config.total_steps:
-        raise ValueError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
+        raise UserError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
                  resumes=bool(steps) and not results,
                  tokenizer=str(source) if source else None,
@@ -87,8 +88,8 @@ def merge_recorded(config: RunConfig) -> RunConfig:
     if recorded is None:
         return config  # its checkpoints know which run they belong to
     if not isinstance(recorded, dict):
-        raise ValueError(f"{run_dir}/config.json holds no parameters: restore it, or choose "
-                         "another run_name.")
+        raise UserError(f"{run_dir}/config.json holds no parameters: restore it, or choose "
+                        "another run_name.")
     for name, left_open in (("vocab_size", [None]), ("init_step", [None, "best"])):
         if getattr(config, name) in left_open and recorded.get(name) is not None:
             config = replace(config, **{name: recorded[name]})
@@ -104,7 +105,7 @@ def merge_recorded(config: RunConfig) -> RunConfig:
             f"{run_dir} has a run with other parameters:",
             *(f"{name} is {value!r} and was {recorded[name]!r}"
               for name, value in different.items())])
-        raise ValueError(f"{lines}\nChoose another run_name, or set these to the values they had.")
+        raise UserError(f"{lines}\nChoose another run_name, or set these to the values they had.")
     return config
 
 
@@ -118,13 +119,13 @@ def _check_sources(config: RunConfig, source: Path):
     if config.tokenizer not in ("train", recorded.get("tokenizer")):
         theirs = tokenizer_identity(load_tokenizer(str(source)))
         if tokenizer_identity(load_tokenizer(config.tokenizer)) != theirs:
-            raise ValueError(f"The tokenizer {config.tokenizer} is not the one that {run_dir} was "
-                             f"trained with, {recorded.get('tokenizer')}: choose another run_name.")
+            raise UserError(f"The tokenizer {config.tokenizer} is not the one that {run_dir} was "
+                            f"trained with, {recorded.get('tokenizer')}: choose another run_name.")
     was = files.read_mapping(run_dir / "environment.json").get("init_weights")
     moved = parent and parent != recorded.get("init_from") and files.resolve_path(parent).exists()
     if was and moved and weights_hash(checkpoint.find_checkpoint(parent, config.init_step)) != was:
-        raise ValueError(f"init_from {parent} is not the model that {run_dir} was started from, "
-                         f"{recorded.get('init_from')}: choose another run_name.")
+        raise UserError(f"init_from {parent} is not the model that {run_dir} was started from, "
+                        f"{recorded.get('init_from')}: choose another run_name.")
 
 
 def weights_hash(folder: Path) -> str:
@@ -142,7 +143,7 @@ def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
     if config.tokenizer != "train":
         asked, known = load_tokenizer(config.tokenizer), load_tokenizer(str(source))
         if asked.get_vocab() != known.get_vocab():
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer {config.tokenizer} is not the one that {config.init_from} was "
                 "trained with; leave `tokenizer` at 'train' to use that one.")
     if source != files.resolve_path(config.init_from):  # a run, of which a step was chosen
@@ -151,9 +152,9 @@ def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
     if config.init_state == "weights":
         return config, source, 0
     if not (source / "training_state").exists():
-        raise ValueError(f"{source} has no training state any more (only the newest "
-                         f"{checkpoint.STATES_KEPT} checkpoints of a run keep theirs), so its "
-                         "optimizer cannot resume; use init_state: weights.")
+        raise UserError(f"{source} has no training state any more (only the newest "
+                        f"{checkpoint.STATES_KEPT} checkpoints of a run keep theirs), so its "
+                        "optimizer cannot resume; use init_state: weights.")
     return config, source, checkpoint.verify_state(source)["step"]
 
 
@@ -173,8 +174,8 @@ def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
     theirs = huggingface.read_config(source)
     if different := [f"{name} to {getattr(theirs, name)!r}" for name in config.model_parameters()
                      if getattr(theirs, name) != getattr(config, name)]:
-        raise ValueError(f"The model in {source} has another shape. To start from it, set "
-                         f"{', '.join(different)}.")
+        raise UserError(f"The model in {source} has another shape. To start from it, set "
+                        f"{', '.join(different)}.")
     return huggingface.load_weights(source, config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig, unused_parameters
+from lmlib.errors import UserError
 from lmlib.files import display_path
 from lmlib.parameters import read_parameters
 
@@ -49,7 +50,7 @@ def plan(recipes: Iterable[str | Path], grid: dict[str, list[Any]]) -> list[RunC
                  for folder in folders if folders.count(folder) > 1]
     if mistakes:
         lines = "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes))
-        raise ValueError(f"The sweep has invalid parameters:\n{lines}")
+        raise UserError(f"The sweep has invalid parameters:\n{lines}")
     if not configs:
-        raise ValueError("The sweep is empty: name at least one recipe.")
+        raise UserError("The sweep is empty: name at least one recipe.")
     return configs

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from lmlib.analysis import figures, frames, render
@@ -321,3 +323,37 @@ def test_the_british_spelling_of_earlier_versions_is_read(tmp_path):
     new = step(2, timing={"seconds": 2.0, "utilization": 0.25})
     frame = frames.read_runs(write(tmp_path / "run", [old, new]))
     assert list(frame["utilization"]) == [0.5, 0.25] and "utilisation" not in frame
+
+
+# ---- All runs under a folder ----
+
+
+def test_overview_lists_runs_of_sweeps_too_newest_first(tmp_path, trained):
+    for name, started in (("a", "2026-01-02T10:00:00Z"), ("sweep/b", "2026-01-03T10:00:00Z")):
+        shutil.copytree(trained.run_dir, tmp_path / name)
+        file = tmp_path / name / "environment.json"
+        known = json.loads(file.read_text())
+        known["sessions"][-1]["started"] = started
+        file.write_text(json.dumps(known))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text("{}")
+    table = frames.overview(tmp_path)
+    assert list(table.index) == ["sweep/b", "a", "c"]
+    assert list(table["state"]) == ["finished", "finished", "empty"]
+    bits = json.loads((trained.run_dir / "results.json").read_text())["val_bits_per_byte"]
+    assert table.loc["a", "bits per byte"] == bits and table.loc["a", "total"] == 20
+    assert pd.isna(table.loc["c", "date"])
+    assert frames.overview(tmp_path / "nothing here").empty
+
+
+def test_losses_in_other_tokens_are_compared_in_bits_per_byte(tmp_path, trained):
+    other = tmp_path / "other"
+    shutil.copytree(trained.run_dir, other)
+    assert frames.loss_column([trained.run_dir, other]) == ("val_loss", "")
+    file = other / "environment.json"
+    known = json.loads(file.read_text())
+    known["data"]["tokenizer"] = "another"
+    file.write_text(json.dumps(known))
+    column, warning = frames.loss_column([trained.run_dir, other])
+    assert column == "val_bits_per_byte" and "These runs differ in tokenizer" in warning
+    assert "other text" not in warning

@@ -1,0 +1,29 @@
+"""A menu of the runs under a folder: no names to type."""
+
+from pathlib import Path
+
+import ipywidgets as w
+import pandas as pd
+
+from lmlib.analysis import frames
+from lmlib.files import resolve_path
+
+
+def options(output_dir: str | Path) -> list[tuple[str, Path]]:
+    """Return a line and the folder of each run under a folder, newest first."""
+    found = []
+    for name, row in frames.overview(output_dir).iterrows():
+        date = f"{row['date']:%Y-%m-%d %H:%M}" if pd.notna(row["date"]) else "not started"
+        bits = row["bits per byte"]
+        score = f"{bits:.3f} bits per byte" if pd.notna(bits) else "no score yet"
+        found.append((f"{name} · {row['state']} · {date} · {score}", Path(row["folder"])))
+    return found
+
+
+def run_menu(output_dir: str | Path, chosen: Path | None = None, **layout: str) -> w.Dropdown:
+    """Return a menu of runs whose value is a run's folder: `chosen` if it is there, or None."""
+    runs = options(output_dir)
+    chosen = resolve_path(chosen).absolute() if chosen else None
+    value = chosen if chosen in [folder for _, folder in runs] else None
+    return w.Dropdown(options=runs, value=value, description="run",
+                      layout={"width": "100%"} | layout)
