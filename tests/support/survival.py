@@ -516,8 +516,8 @@ def damaged_tokens(subject: Subject, limit: int | None) -> tuple[Count, Count]:
         if count % 2:
             shutil.rmtree(run)
         is_named = subject.start(run, named=(file,)) == WARNED
-        # A rebuilt store.json may say that the tokenizer came from the run's checkpoint.
-        is_restored = content(key / file) == data or file == "store.json"
+        # A resumed run builds with its checkpoint's tokenizer, which these two files then say.
+        is_restored = content(key / file) == data or file in ("store.json", "tokenizer_config.json")
         noticed += is_named and is_restored and verify.damage(key) == ""
         correct += subject.is_correct(run)
         count += 1
