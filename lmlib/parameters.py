@@ -52,9 +52,10 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """
     file = resolve_path(path)
     if not file.is_file():
-        recipes = sorted(PROJECT_ROOT.glob("params/**/*.yaml"))
-        known = ", ".join(recipe.relative_to(PROJECT_ROOT).as_posix() for recipe in recipes)
-        raise UserError(f"There is no parameter file {path}. The recipes are: {known}.")
+        recipes = [recipe.relative_to(PROJECT_ROOT).as_posix()
+                   for recipe in sorted(PROJECT_ROOT.glob("params/**/*.yaml"))]
+        hint = did_you_mean(str(path), recipes) or f". The recipes are: {', '.join(recipes)}."
+        raise UserError(f"There is no parameter file {path}{hint}")
     try:
         parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
@@ -98,9 +99,13 @@ def parse_overrides(pairs: Iterable[tuple[str, str]], hints: dict[str, Any]) -> 
 
 def unknown_name(name: str, known: Iterable[str], what: str = "parameter") -> str:
     """Say that a name is unknown, and which known ones are near."""
+    return f"{name} is not a {what}{did_you_mean(name, known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known names that are near, "" if none is."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"{name} is not a {what}{hint}"
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,22 @@
 
 import contextlib
 import os
+import re
 import sys
 from typing import TextIO
 
 # A closed pipe, a full disk, a terminal that is gone; a character that the encoding lacks.
 PRINT_ERRORS = (OSError, ValueError)
+COLORS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34}
+# What a line of a run's log looks like, and its color; the first pattern that matches counts.
+HIGHLIGHTS = [(r".*⚠", "yellow"), (r"Error:", "red"), (r" *Val Loss:|Done:", "bold"),
+              (r"Audit:.*passed$", "green"), (r"💾| *Sample:", "dim")]
 
 
 def show(text: str, end: str = "\n", stream: str = "stdout"):
     """Print to "stdout" or "stderr"; the first error is reported on stderr, the rest are silent."""
     try:
-        print(text, end=end, file=getattr(sys, stream), flush=True)
+        print(highlight(text, stream), end=end, file=getattr(sys, stream), flush=True)
     except RuntimeError:
         pass  # a signal's handler prints while the same stream is being written
     except PRINT_ERRORS as error:
@@ -20,6 +25,22 @@ def show(text: str, end: str = "\n", stream: str = "stdout"):
         if stream == "stdout":
             show(f"Nothing more is printed, since the output cannot be written ({error}).",
                  stream="stderr")
+
+
+def paint(text: str, color: str, stream: str = "stdout") -> str:
+    """Color a text for a terminal; elsewhere, or where NO_COLOR is set, return it as it is."""
+    if os.environ.get("NO_COLOR") or not getattr(sys, stream).isatty():
+        return text
+    return f"\x1b[{COLORS[color]}m{text}\x1b[0m"
+
+
+def highlight(text: str, stream: str = "stdout") -> str:
+    """Color each line of a run's log by what it says."""
+    def color(line: str) -> str:
+        found = next((name for pattern, name in HIGHLIGHTS if re.match(pattern, line)), None)
+        return paint(line, found, stream) if found else line
+
+    return "\n".join(map(color, text.split("\n")))
 
 
 def silence(stream: TextIO):

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from lmlib import checkpoint
 from lmlib.cli import look
+from lmlib.cli.display import paint
 from lmlib.cli.parser import parse_step
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation import text as generation
 from lmlib.generation.settings import Settings, format_setting, parse_setting
 from lmlib.leaks import known_leaks
+from lmlib.model.size import parameter_count
 from lmlib.text import printable
 
 HELP = """Type a prompt and press Enter. Ctrl-C stops the generation. These lines are commands:
@@ -65,8 +67,9 @@ def _interact(session: Session):
     """Read prompts and commands until `quit` or the end of input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` line editing and a history)
-    print(HELP)
-    run_dir = resolve_path(session.run)
+    run_dir, config = resolve_path(session.run), session.model.config
+    print(paint(f"{session.run}: {parameter_count(session.model):,} parameters, a context window "
+                f"of {config.sequence_length} tokens", "bold"), HELP, "", sep="\n")
     steps = checkpoint.checkpoint_steps(run_dir)
     while True:
         try:

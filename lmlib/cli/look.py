@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from lmlib.cli.display import paint
 from lmlib.cli.parser import missing_packages
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
@@ -63,19 +64,28 @@ def checkpoints(options: argparse.Namespace):
 
 
 def runs(options: argparse.Namespace):
-    """Print each run's status, last step, best validation loss, and what to know of them."""
+    """Print a line per run, newest first: state, start, steps, bits per byte, and what to know."""
     from lmlib.analysis import frames
     output_dir = resolve_path(options.output_dir).absolute()
-    found = frames.named_folders(frames.find_runs(output_dir, nested=True)).values()
-    names = [printable(str(run_dir.relative_to(output_dir))) for run_dir in found]
-    for name, (_, row) in zip(names, frames.results_table(found).iterrows(), strict=True):
-        status, *notes = row["state"].split("; ")
-        best = f"{row['best']:.4f} at step {row['at step']}" if row["best"] == row["best"] else "-"
-        line = (f"{name:<{max(24, *map(len, names))}} {status:<9} step {row['steps']:>7}  "
-                f"best validation loss {best}")
-        print(printable("; ".join([line, *notes])))
-    if not names:
+    table = frames.overview(output_dir)
+    if table.empty:
         print(f"There is no run in {output_dir}.")
+        return
+    colors = {"finished": "green", "running": "blue", "died": "red", "stopped": "yellow"}
+    width = max(16, *map(len, table.index))
+    print(paint(f"{'run':<{width}}  {'state':<8}  {'started':<16}  {'steps':>15}  "
+                f"{'bits per byte':>13}  notes", "bold"))
+    for name, row in table.iterrows():
+        date, bits = row["date"], row["bits per byte"]
+        date = f"{date:%Y-%m-%d %H:%M}" if date == date else "-"  # NaT and NaN equal nothing
+        bits = f"{bits:.3f}" if bits == bits else "-"
+        total = f" of {row['total']:,}" if isinstance(row["total"], int) else ""
+        state = paint(f"{row['state']:<8}", colors.get(row["state"], "dim"))
+        line = (f"{name:<{width}}  {state}  {date:<16}  {f'{row.steps:,}{total}':>15}  "
+                f"{bits:>13}  {printable(row['notes'])}")
+        print(line.rstrip())
+    if warning := frames.loss_column(table["folder"])[1]:
+        print(paint(f"\n{warning}", "yellow"))
 
 
 def stop(options: argparse.Namespace):

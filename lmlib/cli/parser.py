@@ -10,6 +10,7 @@ from typing import Literal
 
 from lmlib.cli.display import accept_every_character, show, silence
 from lmlib.generation.settings import Settings, format_setting, parse_setting
+from lmlib.parameters import unknown_name
 from lmlib.text import printable
 
 # Packages of the extra `notebook`, by the names under which they are imported.
@@ -20,7 +21,11 @@ NOTEBOOK_PACKAGES = {"IPython", "anywidget", "datasets", "ipywidgets", "matplotl
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (it failed) or 130 (Ctrl-C)."""
     accept_every_character()
-    options = parser().parse_args(arguments)
+    top, given = parser(), sys.argv[1:] if arguments is None else arguments
+    if given and not given[0].startswith("-") and given[0] not in top.commands:
+        top.error(f"{unknown_name(given[0], top.commands, 'command')}\nThe commands are: "
+                  f"{', '.join(top.commands)}.")
+    options = top.parse_args(given)
     try:
         # A command's module is imported only now, so that --help pays for no torch and no pandas.
         return pkgutil.resolve_name(f"lmlib.cli.{options.function}")(options) or 0
@@ -85,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     argument = add("clean", "look:clean", "delete caches and drafts that no run uses")
     argument("output_dir", nargs="?", default="outputs", help="folder of runs (outputs)")
     argument("--yes", action="store_true", help="delete without asking")
+    top.commands = list(commands.choices)
     return top
 
 

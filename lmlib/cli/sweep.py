@@ -2,15 +2,17 @@
 
 import argparse
 import signal
+import time
 from typing import Any, get_type_hints
 
 from lmlib.cli.display import show
 from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
+from lmlib.files import read_mapping
 from lmlib.parameters import parse_overrides
 from lmlib.run.lock import hangup_signals
-from lmlib.text import printable
+from lmlib.text import format_duration, printable
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -36,11 +38,20 @@ def _train_all(configs: list[RunConfig], jobs: int | None) -> int:
         signal.signal(number, _interrupt_once)
     folders = sorted({str(config.run_dir.parent) for config in configs})
     show(f"{len(configs)} runs in {', '.join(folders)}.")
-    states = []
+    states, began = [], time.monotonic()
     for number, outcome in enumerate(launch.sweep(configs, jobs), 1):
         states.append(outcome.state)
-        reason = f": {printable(outcome.message)}" if outcome.state == "failed" else ""
-        show(f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}{reason}")
+        trained, left = len(states) - states.count("finished before"), len(configs) - number
+        line = f"[{number}/{len(configs)}] {outcome.config.run_name}  {outcome.state}"
+        if outcome.state == "failed":
+            line += f": {printable(outcome.message)}"
+        elif results := read_mapping(outcome.config.run_dir / "results.json"):
+            line += (f"  {results['val_bits_per_byte']:.3f} bits per byte, "
+                     f"{results['training_time_minutes']:.1f} minutes")
+        if left and trained:
+            each = (time.monotonic() - began) / trained
+            line += f"  (about {format_duration(each * left)} left)"
+        show(line)
     finished = [c.run_dir for c in configs if (c.run_dir / "results.json").exists()]
     show("\n" + ranking.summary(finished))
     return int("failed" in states)

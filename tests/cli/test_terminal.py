@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,14 +47,11 @@ def test_train_draws_curves_and_says_when_a_run_is_finished(outputs):
     (outputs / "elsewhere").symlink_to(outputs / "terminal", target_is_directory=True)
     try:  # one run under two names, by a path relative to the project's root
         shown = lmlib("runs", os.path.relpath(outputs, PROJECT_ROOT))
-        assert (
-            len(re.findall(r"^(elsewhere|terminal) .* at step 8(?:;.*)?$", shown, re.MULTILINE))
-            == 1
-        )
+        assert len(re.findall(r"^(elsewhere|terminal) .* 8 of 8 ", shown, re.MULTILINE)) == 1
     finally:
         (outputs / "elsewhere").unlink()
-    assert line.split()[1:6] == ["finished", "step", "8", "best", "validation"]
-    assert "at step 8" in line
+    bits = json.loads((outputs / "terminal" / "results.json").read_text())["val_bits_per_byte"]
+    assert re.search(rf"^terminal +finished +20\d\d-.* 8 of 8 +{bits:.3f}", line)
 
 
 def test_invalid_parameters_end_in_a_sentence_and_write_nothing(outputs):
@@ -247,14 +245,58 @@ def test_runs_says_what_qualifies_their_scores(tmp_path):
     write("diverged", first, last, seed=0)
     write("new", seed=0, lmlib_leaky="split")
     write("strange", {"kind": ["x"], "step": "y"}, {"kind": "eval", "step": 1, "val_loss": [1]})
-    diverged, new, strange = lmlib("runs", tmp_path).splitlines()
+    head, *lines = lmlib("runs", tmp_path).splitlines()
+    assert head.split() == ["run", "state", "started", "steps", "bits", "per", "byte", "notes"]
+    diverged, new, strange = sorted(lines[:3])
     cut = "line of metrics.jsonl cannot be read"
-    score = "best validation loss 5.0000 at step 0"
-    assert diverged.endswith(f"{score}; 1 {cut}; some losses are not finite")
-    assert " step       5  " in diverged
-    leaks = "it LEAKS (split); no records yet"
-    assert new.endswith(f"step       0  best validation loss -; {leaks}; 1 {cut}")
+    assert diverged.endswith(f"1 {cut}; some losses are not finite")
+    assert re.search(r"^diverged  .*stopped +- +5 ", diverged)
+    assert new.endswith(f"0              -  it LEAKS (split); no records yet; 1 {cut}")
     assert strange.endswith("cannot be read; some losses are not finite")
+
+
+def test_runs_are_listed_newest_first_with_a_warning_where_they_cannot_be_compared(
+    trained, tmp_path
+):
+    for name, started in (("old", "2026-01-01T00:00:00Z"), ("new", "2026-02-01T00:00:00Z")):
+        shutil.copytree(trained.run_dir, tmp_path / name)
+        file = tmp_path / name / "environment.json"
+        known = json.loads(file.read_text())
+        known["sessions"][-1]["started"] = started
+        file.write_text(json.dumps(known))
+    _, new, old = lmlib("runs", tmp_path).splitlines()
+    assert (new[:4].strip(), old[:4].strip()) == ("new", "old") and "2026-02-01" in new
+    known["data"]["tokenizer"] = "another"
+    file.write_text(json.dumps(known))
+    warned = lmlib("runs", tmp_path)
+    assert "These runs differ in tokenizer" in warned and "bits per byte can" in warned
+
+
+def test_a_misspelled_command_or_recipe_names_the_nearest(tmp_path):
+    assert "trian is not a command; did you mean train?" in lmlib("trian", check=2)
+    shown = lmlib("train", "params/smok.yaml", check=1)
+    assert "There is no parameter file params/smok.yaml; did you mean params/smoke.yaml" in shown
+    assert "The recipes are: params/exp8/" in lmlib("train", "mine", check=1)
+
+
+def test_a_terminal_has_colors_and_a_file_has_none(trained):
+    command = [sys.executable, "-m", "lmlib", "runs", str(trained.output_dir)]
+    plain = lmlib("runs", trained.output_dir)
+    assert "\x1b" not in plain
+
+    def shown(**environment) -> str:
+        place = {"cwd": str(PROJECT_ROOT), "encoding": "utf-8", "timeout": 60}
+        child = pexpect.spawn(
+            command[0],
+            command[1:],
+            dimensions=(50, 500),
+            env={**os.environ, **environment},
+            **place,
+        )
+        return child.read()
+
+    assert "\x1b[32mfinished" in shown()
+    assert "\x1b" not in shown(NO_COLOR="1")
 
 
 def test_a_session_in_a_real_terminal(trained):
