@@ -22,7 +22,7 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
 
 lab: $(VENV)/ready
-	$(VENV)/bin/jupyter lab notebooks
+	$(VENV)/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/index.ipynb
 
 bench: $(VENV)/ready-dev
 	$(RUN) benchmarks/train.py

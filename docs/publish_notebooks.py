@@ -13,6 +13,7 @@ train.ipynb gets the outputs of outputs/quickstart/train.ipynb. The others are e
 What papermill adds (injected cells, times, absolute paths) is removed.
 """
 
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,21 @@ import nbformat
 import papermill
 
 from lmlib.files import PROJECT_ROOT
+
+
+# As JupyterLab writes it, so that opening and saving a notebook changes nothing.
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": platform.python_version(),
+    },
+}
 
 
 def main():
@@ -49,6 +65,7 @@ def publish(executed: Path, committed: Path):
             )
         cell.outputs = [clean(output, number) for output in source.outputs]
         cell.execution_count = number
+    book.metadata = nbformat.from_dict(METADATA)
     nbformat.write(book, committed)
 
 
