@@ -23,7 +23,6 @@ import papermill
 
 from lmlib.files import PROJECT_ROOT
 
-
 # As JupyterLab writes it, so that opening and saving a notebook changes nothing.
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},

@@ -1,9 +1,10 @@
-"""The README, environment.yml and the Makefile match the code."""
+"""The README, the pages in docs/, environment.yml and the Makefile match the code."""
 
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,11 +12,11 @@ import yaml
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 
-README = (PROJECT_ROOT / "README.md").read_text()
+PAGES = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     return [line.split("  #")[0].strip() for line in lines]
 
@@ -27,13 +28,15 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def test_every_command_in_the_readme_parses():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_parses(page):
     """The recipes, flags, make targets and parameters that the commands name exist."""
     from lmlib.cli.parser import parser
 
     makefile = (PROJECT_ROOT / "Makefile").read_text()
     known = ("make ", "lmlib ", "mkdir ", "papermill ", "python3 -m venv ", ".venv/bin/pip ")
-    for command in commands():
+    known += ("git clone ", "cd ")
+    for command in commands(page):
         assert command.startswith(known), command
         for file in re.findall(r"params/[\w/]+\.yaml", command):
             assert (PROJECT_ROOT / file).is_file(), file
@@ -47,13 +50,25 @@ def test_every_command_in_the_readme_parses():
             assert name in RunConfig().to_dict(), name
 
 
-def test_readme_names_every_recipe_and_its_links_exist():
-    params = PROJECT_ROOT / "params"
+def test_recipes_are_all_listed():
+    params, page = PROJECT_ROOT / "params", (PROJECT_ROOT / "docs" / "recipes.md").read_text()
     for file in params.rglob("*.yaml"):
-        assert f"`{file.relative_to(params).with_suffix('').as_posix()}`" in README, file
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    for target in links + re.findall(r'src="([^"]+)"', README):
-        assert (PROJECT_ROOT / target).exists(), target
+        assert f"`{file.relative_to(params).with_suffix('').as_posix()}`" in page, file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not heading or heading in slugs, target
+
+
+def test_the_readme_is_three_screens():
+    assert len((PROJECT_ROOT / "README.md").read_text().splitlines()) <= 110
 
 
 def test_environment_yml_installs_the_pinned_requirements():
