@@ -114,6 +114,30 @@ def titled(title: str, unit: str = "") -> str:
     return f"<b>{title}</b>" + (f"  {unit}" if unit else "")
 
 
+def widget(figure: go.Figure) -> go.FigureWidget:
+    """Return a figure as a widget that is as wide as its place."""
+    shown = go.FigureWidget(figure)
+    shown._config = render.CONFIG
+    return shown
+
+
+def update(widget: go.FigureWidget, frame: pd.DataFrame):
+    """Move the training curves of one run, shown as a widget, to newer records; its zoom stays."""
+    [folder] = frame.attrs["runs"].values()
+    panels, traces = panel_lines(frame, folder=folder), iter(widget.data)
+    with widget.batch_update():
+        for panel, lines in enumerate(panels):
+            for line, trace in zip(lines, traces, strict=False):
+                trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
+                trace.mode = line["mode"]
+                trace.showlegend = panel == LOSS and bool(line["x"])
+            axis = widget.layout[f"yaxis{panel + 1 if panel else ''}"]
+            top = max(top_of(line["x"], line["y"]) for line in lines)
+            if panel in FALLING and np.isfinite(top) and axis.range is None:  # not zoomed
+                axis.autorangeoptions.clipmax = top
+        widget.layout.shapes = marks(frame)
+
+
 def marks(frame: pd.DataFrame, x: str = "step", log_x: bool = False) -> list[dict[str, Any]]:
     """Return where runs were resumed, as dashed lines through all panels, as Plotly's shapes.
 

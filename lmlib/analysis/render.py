@@ -32,7 +32,7 @@ from matplotlib.transforms import Bbox, BboxTransformTo
 from lmlib.errors import UserError
 from lmlib.files import atomic_write
 
-WIDTH = 864  # pixels of a PNG
+WIDTH = 820  # pixels of a PNG: fits in JupyterLab where a window has 1000
 GRAY = "#7A7A7A"  # the same contrast, 4.3 : 1, on white and on JupyterLab's dark background
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ns": "|"}
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", None: "-"}

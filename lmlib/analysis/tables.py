@@ -20,6 +20,7 @@ from lmlib.leaks import LEAKY_NAME
 from lmlib.text import printable
 
 MISSING = "–"
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BADGES = {"running": "#0072B2", "finished": "#00795A", "stopped": "#6B6B6B", "empty": "#6B6B6B",
           "died": "#B34E00"}  # white text reads on them
 LINE = "border-bottom: 1px solid rgba(128, 128, 128, .3)"
@@ -30,7 +31,7 @@ BEST = {"validation loss": 1, "bits per byte": 1, "perplexity": 1, "accuracy": -
 FORMATS = {"accuracy": "{:.1%}", "perplexity": "{:,.1f}", "minutes": "{:,.1f}",
            "difference": "{:+.3f}", "behind the best": "{:+.3f}",
            **dict.fromkeys(["validation loss", "best", "bits per byte", "spread", "± seeds",
-                            "± documents", "± standard error", "test loss", "± test",
+                            "± documents", "± 95 %", "± standard error", "test loss", "± test",
                             "test bits per byte"], "{:.3f}")}
 
 
@@ -61,17 +62,17 @@ def results(run_dirs: Iterable[str | Path] | str | Path | pd.DataFrame) -> Table
     states = [str(state).partition("; ") for state in table["state"]]
     halves = [interval_half(*row) for row in
               table[["± standard error", "documents"]].itertuples(index=False)]
-    table.insert(0, "state", [state for state, _, _ in states], allow_duplicates=True)
-    table = table.loc[:, ~table.columns.duplicated()]
-    table = table.assign(**{"± standard error": halves, "notes": [note for _, _, note in states]})
-    table = table.rename(columns={"± standard error": "± 95 %"})
-    hidden = ["documents", "± test", "FLOPs"]
-    hidden += ["active"] if table["active"].equals(table["parameters"]) else []
-    hidden += [] if any(table["notes"]) else ["notes"]
-    hidden += [name for name in table if name != "notes" and table[name].isna().all()]
-    hidden += ["best", "at step"] if table["best"].equals(table["validation loss"]) else []
+    shown = table.assign(state=[state for state, _, _ in states],
+                         notes=[notes for _, _, notes in states], **{"± 95 %": halves})
+    kept = ["state", "steps", "validation loss", "± 95 %", "bits per byte", "accuracy",
+            "perplexity", "best", "at step", "test loss", "test bits per byte", "parameters",
+            "active", "minutes", "notes"]
+    same = [("best", "validation loss"), ("at step", "steps"), ("active", "parameters")]
+    hidden = {one for one, other in same
+              if shown[one].astype(float).equals(shown[other].astype(float))}
+    hidden |= {name for name in kept if shown[name].isna().all() or not any(shown[name] != "")}
     best = {"bits per byte"} if column == "val_bits_per_byte" else set(BEST)
-    return formatted(table.drop(columns=hidden, errors="ignore"), warning, best)
+    return formatted(shown[[name for name in kept if name not in hidden]], warning, best)
 
 
 def formatted(frame: pd.DataFrame, caption: str = "", best: Iterable[str] = BEST) -> Table:
@@ -117,61 +118,55 @@ def interval_half(stderr: float, documents: float) -> float:
 
 
 def _card(run: str, folder: Path, row: pd.Series) -> Table:
-    """Return the card of one run: what `results_table` says, and what its test says."""
+    """Return the card of one run: what `results_table` and the run's results.json say."""
     found = read_mapping(folder / "results.json")
-    measured = found.get("measured_on")
-    measured = measured if isinstance(measured, dict) else {}
-    test = {name: _number(found.get(f"test_{name}")) for name in (
-        "loss", "loss_stderr", "documents", "bits_per_byte", "accuracy", "perplexity")}
-    scores = {"validation": [row["validation loss"], row["± standard error"], row["documents"],
-                             row["bits per byte"], row["accuracy"], row["perplexity"],
-                             measured.get("scores")]}
-    if np.isfinite(test["loss"]):
-        scores["test"] = [test["loss"], test["loss_stderr"], test["documents"],
-                          test["bits_per_byte"], test["accuracy"], test["perplexity"],
-                          measured.get("test")]
-    lines = []
-    for name, (loss, error, documents, bits, accuracy, perplexity, text) in scores.items():
+    measured = found["measured_on"] if isinstance(found.get("measured_on"), dict) else {}
+    names = ["loss", "loss_stderr", "documents", "bits_per_byte", "accuracy", "perplexity"]
+    columns = ["validation loss", "± standard error", "documents", "bits per byte", "accuracy",
+               "perplexity"]
+    scores = {"validation": (row[columns].tolist(), measured.get("scores"))}
+    test = [_number(found.get(f"test_{name}")) for name in names]
+    if np.isfinite(test[0]):
+        scores["test"] = (test, measured.get("test"))
+    lines, about = [], []
+    for name, ((loss, error, documents, *others), text) in scores.items():
         half = interval_half(error, documents)
         interval = f" ± {half:.3f}" if np.isfinite(half) else ""
+        lines.append([name, _cell(columns[0], loss) + interval, *map(_cell, columns[3:], others)])
         count = f"{documents:,.0f} documents" if pd.notna(documents) else ""
-        about = [part for part in (count, text) if isinstance(part, str) and part]
-        lines.append([name, _cell("validation loss", loss) + interval,
-                      _cell("bits per byte", bits), _cell("accuracy", accuracy),
-                      _cell("perplexity", perplexity), printable("; ".join(about)) or MISSING])
+        parts = [part for part in (count, text) if isinstance(part, str) and part]
+        about += [f"{name}: {', '.join(parts)}"] if parts else []
     state, _, notes = str(row["state"]).partition("; ")
-    active = (f" ({row['active']:,} active)" if pd.notna(row["active"])
-              and row["active"] != row["parameters"] else "")
-    facts = [f"step {row['steps']:,}", f"{_cell('parameters', row['parameters'])} parameters{active}",
+    facts = [f"step {row['steps']:,}", f"{_cell('', row['parameters'])} parameters",
              f"{_cell('minutes', row['minutes'])} minutes"]
-    if pd.notna(row["best"]) and row["best"] < row["validation loss"]:
+    if row["active"] is not pd.NA and row["active"] != row["parameters"]:
+        facts.insert(2, f"{row['active']:,} active")
+    if row["best"] < row["validation loss"]:
         facts.append(f"best validation loss {row['best']:.3f} at step {row['at step']:,}")
-    return _card_html(run, state, facts, lines, notes)
+    table = pd.DataFrame(lines, columns=["", "loss (95 %)", "bits per byte", "accuracy",
+                                         "perplexity"])
+    text = [f"{run}: {state} | {' | '.join(facts)}", table.to_string(index=False), *about]
+    text += [f"Note: {notes}"] if notes else []
+    return Table(_card_html(run, state, facts, table, about, notes), printable("\n".join(text)))
 
 
-def _card_html(run: str, state: str, facts: list[str], lines: list[list[str]],
-               notes: str) -> Table:
-    names = ["", "loss (95 %)", "bits per byte", "accuracy", "perplexity", "measured on"]
-    head = "".join(_td(name, n in (0, 5), "th") for n, name in enumerate(names))
+def _card_html(run: str, state: str, facts: list[str], table: pd.DataFrame, about: list[str],
+               notes: str) -> str:
+    head = "".join(_td(name, not name, "th") for name in table)
     body = ""
-    for line in lines:
-        cells = [f"<b style='font-size: 17px'>{html.escape(cell)}</b>"
-                 if line[0] == "validation" and 0 < n < 5 else html.escape(cell)
-                 for n, cell in enumerate(line)]
-        body += "<tr>" + "".join(_td(cell, n in (0, 5), wraps=n == 5)
-                                 for n, cell in enumerate(cells)) + "</tr>"
-    below = _warning("Note: " + notes) if notes else ""
-    text = pd.DataFrame([line[:5] for line in lines], columns=["", *names[1:5]])
-    texts = [f"{run}: {state} | {' | '.join(facts)}", text.to_string(index=False)]
-    texts += [f"{line[0]} measured on: {line[5]}" for line in lines]
-    texts += [f"Note: {notes}"] if notes else []
-    return Table(
-        f"<div style=\"{BOX}; border: 1px solid rgba(128, 128, 128, .4); border-radius: 8px; "
-        f"padding: 10px 16px; max-width: 900px\"><b style='font-size: 15px'>"
-        f"{html.escape(printable(run))}</b> {badge(state)} "
-        f"<span style='opacity: .75'>{html.escape(' · '.join(facts))}</span>"
-        f"<table style='border-collapse: collapse; margin: 6px 0'><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table>{below}</div>", printable("\n".join(texts)))
+    for name, *numbers in table.to_numpy():
+        size = "font-size: 17px; font-weight: 600" if name == "validation" else ""
+        cells = [f"<span style='{size}'>{html.escape(number)}</span>" for number in numbers]
+        body += f"<tr>{_td(name, True)}{''.join(_td(cell, False) for cell in cells)}</tr>"
+    small = "".join(f"<div style='opacity: .75; font-size: 12px'>{html.escape(printable(line))}"
+                    "</div>" for line in about)
+    return (f"<div style=\"{BOX}; border: 1px solid rgba(128, 128, 128, .4); border-radius: 8px; "
+            f"padding: 10px 16px; max-width: 760px\"><b style='font-size: 15px'>"
+            f"{html.escape(printable(run))}</b> {badge(state)} "
+            f"<span style='opacity: .75'>{html.escape(' · '.join(facts))}</span>"
+            f"<table style='border-collapse: collapse; margin: 6px 0'><thead><tr>{head}</tr>"
+            f"</thead><tbody>{body}</tbody></table>{small}"
+            f"{_warning('Note: ' + notes) if notes else ''}</div>")
 
 
 def _cell(name: str, value: Any) -> str:
@@ -192,9 +187,6 @@ def _cell(name: str, value: Any) -> str:
     return np.format_float_positional(value, precision=4, unique=False, fractional=False, trim="-")
 
 
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
 def _number(value: Any) -> float:
     is_number = isinstance(value, int | float) and abs(value) < 1e100
     return float(value) if is_number else math.nan
@@ -202,19 +194,17 @@ def _number(value: Any) -> float:
 
 def _best_rows(frame: pd.DataFrame, name: str) -> list[int]:
     """Return the numbers of the rows with a column's best value, if there are several to choose."""
-    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(float, na_value=np.nan)
-    marked = [LEAKY_NAME in " ".join(map(str, row)) for row in frame.iloc[:, :2].to_numpy()]
-    if "verdict" in frame:
-        marked = marked | frame["verdict"].isin(["leaks", "other text"]).to_numpy()
-    values = np.where(marked, np.nan, values * BEST.get(name, 1))
-    if np.isfinite(values).sum() < 2:
-        return []
-    return np.flatnonzero(values == np.nanmin(values)).tolist()
+    values = pd.to_numeric(frame[name], errors="coerce").astype(float) * BEST.get(name, 1)
+    leaks = frame.iloc[:, 0].astype(str).str.endswith(LEAKY_NAME)
+    verdicts = frame["verdict"] if "verdict" in frame else pd.Series("", frame.index)
+    values = values.mask(leaks | verdicts.isin(["leaks", "other text"])).to_numpy()
+    several = np.isfinite(values).sum() > 1
+    return np.flatnonzero(values == np.nanmin(values)).tolist() if several else []
 
 
 def _td(content: str, is_text: bool, tag: str = "td", wraps: bool = False) -> str:
     align, width = "left" if is_text else "right", "; min-width: 14em; max-width: 28em"
-    style = f"text-align: {align}; padding: 3px 10px; vertical-align: baseline; {LINE}"
+    style = f"text-align: {align}; padding: 3px 7px; vertical-align: baseline; {LINE}"
     style += width if wraps else "; white-space: nowrap"
     return f"<{tag} style='{style}'>{content}</{tag}>"
 
