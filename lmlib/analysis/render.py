@@ -218,7 +218,7 @@ def _set_ranges(figure: go.Figure, axes: dict[tuple[str, str], Any]):
         if axis.get_xscale() == "log" and axis.get_xlim()[1] < 100 * axis.get_xlim()[0]:
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         plotly, (low, high) = figure.layout[f"yaxis{y[1:]}"], axis.get_ylim()
-        if plotly.rangemode == "tozero":
+        if plotly.rangemode == "tozero" and axis.get_yscale() != "log":
             axis.set_ylim(bottom=0)
         clip = plotly.autorangeoptions.clipmax
         if clip is not None and low < clip < high:
