@@ -89,7 +89,7 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
                      legendgroup=run, showlegend=shown, row=row, col=col)
     for panel, (_, _, axis, _) in enumerate(PANELS):
         row, col = places[panel]
-        figure.update_yaxes(**axis, row=row, col=col)
+        figure.update_yaxes(type="linear", **axis, row=row, col=col)
         if panel in FALLING and np.isfinite(top := max(tops.get(panel, [np.nan]))):
             figure.update_yaxes(autorangeoptions={"clipmax": top}, row=row, col=col)
     figure.update_xaxes(type="log" if log_x else "linear", matches="x", hoverformat=HOVER_X[x],
