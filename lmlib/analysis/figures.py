@@ -199,6 +199,7 @@ def styled(figure: go.Figure, height: int, top: int = 56, warning: str = "",
         font={"color": render.GRAY, "family": FONT, "size": 12}, height=height, autosize=True,
         margin={"l": 60, "r": 44, "t": top, "b": bottom}, modebar=MODEBAR, uirevision="same",
         hoverlabel={"bgcolor": "rgba(34, 34, 34, 0.92)", "font_color": "#fff", "namelength": -1},
+        hoverdistance=40,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 24 / inner,
                 "yanchor": "bottom", "traceorder": "normal"}, **layout)
 

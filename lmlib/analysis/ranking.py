@@ -236,12 +236,13 @@ def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
         values = runs.loc[runs["model"] == model, score].dropna()
         mean, count = values.mean(), len(values)
         half = student_t(0.975, count - 1) * values.std() / math.sqrt(count) if count > 1 else 0.0
-        drawn = [([mean - half, mean + half], "lines", 2.5, None, 5),
+        drawn = [([mean - half, mean + half], "lines+markers", 2.5, "line-ns-open", 10),
                  (values.tolist(), "markers", 1, f"{figures.shape_of(number)}-open", 8),
                  ([mean], "markers", 1, figures.shape_of(number), 11)]
         for x, mode, width, symbol, size in drawn:
             figures.add_line(figure, number, x, [html.escape(model)] * len(x), model, mode=mode,
-                             width=width, symbol=symbol, size=size, showlegend=False)
+                             width=width, symbol=symbol, size=size, showlegend=False,
+                             hoverinfo="x")
     figure.update_yaxes(type="category").update_xaxes(hoverformat=".3f")
     figure.update_xaxes(title_text=f"validation, {unit}, after the last step")
     figure.add_annotation(text=figures.titled("Every seed", "open; filled: the mean, with its 95 % "
