@@ -1,6 +1,7 @@
 """Draw runs with Plotly. Every figure reads on light and on dark pages; `render` makes it a PNG."""
 
 import html
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmlib.analysis import frames, render
+from lmlib.analysis.panels import (
+    BITS,
+    FALLING,
+    LOSS,
+    NATS,
+    PANELS,
+    SHARE,
+    SHARES,
+    half_intervals,
+    panel_lines,
+    top_of,
+)
 from lmlib.files import resolve_path
-from lmlib.intervals import FEW, student_t
 from lmlib.leaks import LEAKY_NAME
 
 # Okabe and Ito's palette, which color-blind readers can tell apart. From the eighth run on it
@@ -20,25 +32,17 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 DASHES = ["solid", "dash", "dot", "dashdot"]
 SHAPES = ["circle", "square", "diamond", "triangle-up"]
 FAINT = "rgba(128, 128, 128, 0.25)"
-MAX_POINTS = 1000  # per line: a browser stays quick, and a page small
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 RED_BLUE = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2}
+# Zoom, pan, reset and download stay; in a column of its own at the right, clear of the legend.
+MODEBAR = {"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "color": render.GRAY,
+           "activecolor": "#0072B2",
+           "remove": ["zoomin", "zoomout", "autoscale", "select", "lasso", "sendcharttocloud"]}
 
-# How a line is drawn: arguments of `add_line`.
-THIN, LINE = {"mode": "lines", "width": 1, "opacity": 0.35}, {"mode": "lines"}
-POINTS, MARKS = {"mode": "lines+markers"}, {"mode": "markers", "size": 9}
-# Title, scale of the y axis, and lines: kind of record, column, name and style.
-PANELS = [
-    ("Loss (nats per token)", "linear", [
-        ("step", "loss", "training", THIN),
-        ("smooth", "loss", "training, smoothed", LINE),
-        ("eval", "val_loss", "validation", POINTS),
-        ("checkpoint", "val_loss", "checkpoints", {**MARKS, "symbol": "diamond-open"}),
-        ("resume", "val_loss", "resumed here", {**MARKS, "symbol": "triangle-up"})]),
-    ("Validation accuracy (top-1)", "linear", [("eval", "val_accuracy", "validation", POINTS)]),
-    ("Validation perplexity", "log", [("eval", "val_perplexity", "validation", POINTS)]),
-    ("Learning rate", "linear", [("step", "learning_rate", "training", LINE)]),
-    ("Gradient norm", "linear", [("step", "grad_norm", "training", LINE)]),
-    ("Tokens per second", "linear", [("step", "tokens_per_second", "training", LINE)])]
+# The first panel is four times as large as the others. Rows and columns, in the order of PANELS.
+GRID = [[{"rowspan": 2, "colspan": 2}, None, {}], [None, None, {}], [{}, {}, {}]]
+PLACES = [(1, 1), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)]
+HOVER_X = {"step": ",d", "tokens": ",d", "minutes": ",.1f", "flops": ".3~s"}
 
 
 def add_line(figure: go.Figure, number: int, x: list, y: list, name: str, *,
@@ -57,80 +61,103 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
                     log_x: bool = False) -> go.Figure:
     """Draw PANELS over steps, tokens, minutes or FLOPs (`x`), with one color per run.
 
-    `smoothing` is the span of the running mean of the loss, in records (None: 1/15 of the run).
+    `smoothing` is the span of the mean of the loss, in records (None: 1/15 of the run). Runs whose
+    losses cannot be compared change places: bits per byte are drawn large, and a warning says why.
     """
-    figure = make_subplots(2, 3, subplot_titles=[panel[0] for panel in PANELS],
-                           vertical_spacing=0.16)
-    single = len(frame.attrs["runs"]) == 1
-    for number, (run, folder) in enumerate(frame.attrs["runs"].items()):
+    runs = frame.attrs["runs"]
+    column, warning = frames.loss_column(runs.values())
+    places = list(PLACES)
+    if warning:
+        places[LOSS], places[BITS] = places[BITS], places[LOSS]
+    lead, single = places.index(PLACES[0]), len(runs) == 1
+    figure = make_subplots(3, 3, specs=GRID, horizontal_spacing=0.07, vertical_spacing=0.115,
+                           subplot_titles=[_title(places.index(place), warning, frame)
+                                           for place in PLACES])
+    tops: dict[int, list[float]] = {}
+    for number, (run, folder) in enumerate(runs.items()):
         panels = panel_lines(frame[frame["run"] == run], x, smoothing, folder=folder)
         for panel, line in ((n, line) for n, lines in enumerate(panels) for line in lines):
-            name = line.pop("name")
-            shown = panel == 0 and bool(line["x"]) and (single or name == "validation")
+            name, (row, col) = line.pop("name"), places[panel]
+            shown = panel == lead and bool(line["x"]) and (single or name == "validation")
+            tops.setdefault(panel, []).append(top_of(line["x"], line["y"]))
             if log_x:  # step 0 has no logarithm
                 line["x"] = [value if value > 0 else None for value in line["x"]]
             if single:  # one color for validation and one for training
                 number = int(name.startswith("training"))
                 name += LEAKY_NAME if run.endswith(LEAKY_NAME) else ""
             add_line(figure, number, **line, name=name if single else f"{run}, {name}",
-                     legendgroup=run, showlegend=shown, row=1 + panel // 3, col=1 + panel % 3)
-    for panel, (_, scale, _) in enumerate(PANELS):
-        figure.update_yaxes(type=scale, row=1 + panel // 3, col=1 + panel % 3)
-    figure.update_yaxes(title_text="bars: 95 % over documents", row=1, col=1)
-    figure.update_xaxes(type="log" if log_x else "linear")
-    figure.update_xaxes(title_text=frames.AXES[x], row=2)
-    buttons = [{"label": f"{scale} loss", "method": "relayout", "args": [{"yaxis.type": scale}]}
-               for scale in ("linear", "log")]
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "y": 1.2,
-            "xanchor": "left", "bgcolor": "rgba(128, 128, 128, 0.15)", "bordercolor": FAINT}
-    return styled(figure, height=560, top=90, updatemenus=[menu])
+                     legendgroup=run, showlegend=shown, row=row, col=col)
+    for panel, (_, _, axis, _) in enumerate(PANELS):
+        row, col = places[panel]
+        figure.update_yaxes(type="linear", **axis, row=row, col=col)
+        if panel in FALLING and np.isfinite(top := max(tops.get(panel, [np.nan]))):
+            figure.update_yaxes(autorangeoptions={"clipmax": top}, row=row, col=col)
+    figure.update_xaxes(type="log" if log_x else "linear", matches="x", hoverformat=HOVER_X[x],
+                        unifiedhovertitle={"text": frames.AXES[x] + " %{x}"})
+    figure.update_xaxes(title_text=frames.AXES[x], row=3)
+    return styled(figure, 620, warning=warning, hovermode="x unified",
+                  shapes=marks(frame, x, log_x))
 
 
-def panel_lines(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, *,
-                folder: str) -> list[list[dict[str, Any]]]:
-    """Return the lines of each of PANELS for one run, as arguments of `add_line`."""
-    rows = {kind: frame[frame["kind"] == kind] for kind in ("step", "eval", "checkpoint")}
-    rows["smooth"] = steps = rows["step"]
-    if "loss" in steps:
-        span = smoothing or max(2, len(steps) // 15)  # explorer's "auto" is 0
-        rows["smooth"] = steps.assign(loss=steps["loss"].ewm(span=span).mean())
-    # A run resumes between two evaluations: its mark lies on the line that connects them.
-    evals = rows["eval"].dropna(subset="val_loss") if "val_loss" in frame else frame.iloc[:0]
-    resumed = frames.resumes(folder) if len(evals) else []
-    marks = {column: np.interp(resumed, evals["step"], evals[column])
-             for column in (*frames.AXES, "val_loss") if resumed}
-    rows["resume"] = pd.DataFrame({**marks, "step": resumed})
-    return [[_line(rows[kind], x, column, name, style) for kind, column, name, style in lines]
-            for _, _, lines in PANELS]
+def _title(panel: int, warning: str, frame: pd.DataFrame) -> str:
+    """Return a panel's title with its unit, and with what its error bars are."""
+    title, unit, *_ = PANELS[panel]
+    if warning and unit in (NATS, SHARE):
+        unit = "nats, not comparable" if unit == NATS else "not comparable"
+    elif panel == LOSS and np.isfinite(half_intervals(frame[frame["kind"] == "eval"])).any():
+        unit += "; bars: 95 % over documents"
+    return titled(title, unit)
 
 
-def _line(rows: pd.DataFrame, x: str, column: str, name: str, style: dict) -> dict[str, Any]:
-    """Return a line as arguments of `add_line`, without points where the column is missing."""
-    if not {x, column} <= set(rows):
-        rows = pd.DataFrame(columns=[x, column])
-    rows = rows[rows[x].notna()]
-    if len(rows) > MAX_POINTS:  # each interval's lowest and highest; means would hide spikes
-        edges = np.linspace(0, len(rows), MAX_POINTS // 2 + 1).astype(int)
-        intervals, values = np.digitize(np.arange(len(rows)), edges), rows[column]
-        low = values.fillna(np.inf).groupby(intervals).idxmin()
-        high = values.fillna(-np.inf).groupby(intervals).idxmax()
-        rows = rows.loc[sorted({*low, *high, rows.index[-1]})]
-    errors = half_intervals(rows) if column == "val_loss" else []
-    return {"x": rows[x].tolist(), "y": rows[column].tolist(), "name": name, **style,
-            "error": errors if np.isfinite(errors).any() else None}
+def titled(title: str, unit: str = "") -> str:
+    """Return a panel's title in bold, with its unit."""
+    return f"<b>{title}</b>" + (f"  {unit}" if unit else "")
 
 
-def half_intervals(evals: pd.DataFrame) -> list[float]:
-    """Return half the 95 % interval over documents of each validation loss, NaN where unknown.
+def widget(figure: go.Figure) -> go.FigureWidget:
+    """Return a figure as a widget that is as wide as its place."""
+    shown = go.FigureWidget(figure)
+    shown._config = render.CONFIG
+    return shown
 
-    Fewer than FEW documents give no bar, as it would say nothing and hide the curve.
+
+def update(widget: go.FigureWidget, frame: pd.DataFrame):
+    """Move the training curves of one run, shown as a widget, to newer records; its zoom stays."""
+    [folder] = frame.attrs["runs"].values()
+    panels, traces = panel_lines(frame, folder=folder), iter(widget.data)
+    with widget.batch_update():
+        for panel, lines in enumerate(panels):
+            for line, trace in zip(lines, traces, strict=False):
+                trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
+                trace.mode = line["mode"]
+                trace.showlegend = panel == LOSS and bool(line["x"])
+            axis = widget.layout[f"yaxis{panel + 1 if panel else ''}"]
+            top = max(top_of(line["x"], line["y"]) for line in lines)
+            if panel in FALLING and np.isfinite(top) and axis.range is None:  # not zoomed
+                axis.autorangeoptions.clipmax = top
+        widget.layout.shapes = marks(frame)
+
+
+def marks(frame: pd.DataFrame, x: str = "step", log_x: bool = False) -> list[dict[str, Any]]:
+    """Return where runs were resumed, as dashed lines through all panels, as Plotly's shapes.
+
+    Where one run is drawn its checkpoints are ticks at the bottom of the first panel.
     """
-    if not {"val_loss_stderr", "val_documents"} <= set(evals):
-        return []
-    documents = evals["val_documents"].where(evals["val_documents"].between(FEW, 2**53))
-    quantiles = {count: student_t(0.975, int(count) - 1) for count in documents.dropna().unique()}
-    errors = evals["val_loss_stderr"].where(evals["val_loss_stderr"] >= 0)
-    return (errors * documents.map(quantiles)).tolist()
+    shapes, single = [], len(frame.attrs["runs"]) == 1
+    for number, (run, folder) in enumerate(frame.attrs["runs"].items()):
+        rows = frame[frame["run"] == run].dropna(subset=["step", x]).sort_values("step")
+        resumed = np.interp(frames.resumes(folder), rows["step"], rows[x]) if len(rows) else []
+        saved = rows.loc[rows["kind"] == "checkpoint", x] if single else []
+        drawn = [("checkpoint", "solid", saved, 1, 0.035), ("resumed", "dash", resumed, 6, 1)]
+        for name, dash, positions, panels, height in drawn:
+            positions = [float(value) for value in positions if value > 0 or not log_x]
+            shapes += [{"type": "line", "x0": at, "x1": at, "y0": 0, "y1": height, "name": name,
+                        "xref": f"x{panel}", "yref": f"y{panel} domain", "legendgroup": run,
+                        "showlegend": single and at == positions[0] and not panel,
+                        "line": {"color": render.GRAY if single else color_of(number),
+                                 "width": 1.5, "dash": dash}}
+                       for at in positions for panel in ["", *range(2, panels + 1)]]
+    return shapes
 
 
 def color_of(number: int) -> str:
@@ -143,31 +170,67 @@ def shape_of(number: int) -> str:
     return SHAPES[number // len(COLORS) % len(SHAPES)]
 
 
-def styled(figure: go.Figure, height: int, top: int = 60, **layout: Any) -> go.Figure:
-    """Style a figure for light and dark pages: `top` pixels for titles, `layout` on top of that."""
-    lines = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT}
-    figure.update_xaxes(**lines).update_yaxes(**lines).update_annotations(font_size=14)
+def styled(figure: go.Figure, height: int, top: int = 56, warning: str = "",
+           **layout: Any) -> go.Figure:
+    """Style a figure for light and dark pages: titles at the left above their panels.
+
+    `top` pixels hold titles and one row of the legend; more rows, and `warning`, a sentence above
+    them, get their own. `layout` is set on top of that.
+    """
+    lines = {"gridcolor": FAINT, "gridwidth": 1, "zeroline": False, "linecolor": FAINT,
+             "automargin": True, "title_font_size": 12, "title_standoff": 8}
+    figure.update_xaxes(**lines, spikecolor=render.GRAY, spikethickness=1, spikedash="solid",
+                        showspikes=layout.get("hovermode") == "x unified").update_yaxes(**lines)
+    domains = [axis.domain or (0, 1) for axis in figure.select_xaxes()]
+    for note in figure.layout.annotations:  # subplot titles stand in the middle of their panels
+        start = min(domains, key=lambda domain: abs(sum(domain) / 2 - note.x))[0]
+        note.update(x=start, xanchor="left", font_size=13, yshift=2)
+    names = render.legend_of(figure)
+    said, rows = textwrap.wrap(warning, 100), -(-len(names) // render.legend_columns(names))
+    more = 18 * max(0, rows - 1)
+    top, bottom = top + more + 17 * len(said), 50
+    inner = (height := height + more + 17 * len(said)) - top - bottom  # pixels
+    if said:
+        figure.add_annotation(text="<br>".join(map(html.escape, said)), x=0, xanchor="left",
+                              y=1 + (top - 4) / inner, yanchor="top", xref="paper", yref="paper",
+                              showarrow=False, align="left", font_color=COLORS[1])
     return figure.update_layout(
         template="none", paper_bgcolor="rgba(0, 0, 0, 0)", plot_bgcolor="rgba(0, 0, 0, 0)",
-        font={"color": render.GRAY}, height=height, margin={"l": 60, "r": 20, "t": top, "b": 50},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.13, "yanchor": "bottom"},
-        **layout)
+        font={"color": render.GRAY, "family": FONT, "size": 12}, height=height, autosize=True,
+        margin={"l": 60, "r": 44, "t": top, "b": bottom}, modebar=MODEBAR, uirevision="same",
+        hoverlabel={"bgcolor": "rgba(34, 34, 34, 0.92)", "font_color": "#fff", "namelength": -1},
+        hoverdistance=40,
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 24 / inner,
+                "yanchor": "bottom", "traceorder": "normal"}, **layout)
 
 
 def loss_by_position(frame: pd.DataFrame) -> go.Figure:
-    """Draw validation loss and accuracy by position in the context window, for finished runs."""
-    figure = make_subplots(1, 2, subplot_titles=["Validation loss by position (nats)",
-                                                 "Validation accuracy by position"])
+    """Draw validation loss and accuracy by position in the context window, for finished runs.
+
+    Losses of runs that cannot be compared are drawn in bits per byte, as if each position had the
+    run's mean number of bytes per token.
+    """
+    column, warning = frames.loss_column(frame.attrs["runs"].values())
+    unit = "bits per byte" if warning else "nats"
+    figure = make_subplots(1, 2, subplot_titles=[
+        titled("Loss by position", f"validation, {unit}"),
+        titled("Accuracy by position", "not comparable" if warning else "validation, top-1")])
     profiles = frame[frame["kind"] == "profile"].drop_duplicates("run", keep="last")
     profiles = profiles.set_index("run").to_dict("index")
     for number, run in enumerate(frame.attrs["runs"]):
+        evals = frame[(frame["run"] == run) & (frame["kind"] == "eval")]
+        scale = (evals["val_bits_per_byte"] / evals["val_loss"]).iloc[-1] if (
+            warning and len(evals) and {"val_bits_per_byte", "val_loss"} <= set(evals)) else 1.0
         for col, column in enumerate(("val_loss_by_position", "val_accuracy_by_position"), 1):
             values = profiles.get(run, {}).get(column)
             positions, means = mean_by_position(values if isinstance(values, list) else [])
+            means = [mean * scale for mean in means] if col == 1 else means
             add_line(figure, number, positions, means, run, size=4, width=1.5, legendgroup=run,
                      showlegend=col == 1, row=1, col=col)
-    figure.update_xaxes(type="log", title_text="position")
-    return styled(figure, height=380)
+    figure.update_xaxes(type="log", title_text="position in the window", hoverformat=",d",
+                        unifiedhovertitle={"text": "position %{x}"})
+    figure.update_yaxes(hoverformat=".3f", col=1).update_yaxes(**SHARES, col=2)
+    return styled(figure, 380, warning=warning, hovermode="x unified")
 
 
 def mean_by_position(values: list[float]) -> tuple[list[float], list[float]]:
@@ -181,20 +244,30 @@ def mean_by_position(values: list[float]) -> tuple[list[float], list[float]]:
 
 
 def cost(table: pd.DataFrame) -> go.Figure:
-    """Draw the validation loss of a `results_table` or `ranking` over size, time and FLOPs."""
-    panels = {"parameters (open: active)": ["parameters", "active"],
-              frames.AXES["minutes"]: ["minutes"], frames.AXES["flops"]: ["FLOPs"]}
-    figure = make_subplots(1, 3, subplot_titles=[f"Validation loss by {size}" for size in panels])
+    """Draw the validation loss of a `results_table` or `ranking` over size, time and FLOPs.
+
+    Runs whose losses cannot be compared are drawn in bits per byte.
+    """
+    column, warning = frames.loss_column(table.attrs.get("runs", {}).values())
+    score = "bits per byte" if warning and "bits per byte" in table else "validation loss"
+    if "verdict" in table and not warning:
+        table = table[table["verdict"] != "other text"]  # another scale
+    panels = {("Parameters", "open: active"): ["parameters", "active"],
+              ("Minutes", "of training"): ["minutes"],
+              ("FLOPs", "floating-point operations"): ["FLOPs"]}
+    figure = make_subplots(1, 3, subplot_titles=[titled(*title) for title in panels])
     for col, columns in enumerate(panels.values(), 1):
         for number, (name, row) in enumerate(table.iterrows()):
             known, shape = row[columns].dropna().tolist(), shape_of(number)
-            add_line(figure, number, known, [row["validation loss"]] * len(known), name,
+            add_line(figure, number, known, [row[score]] * len(known), name,
                      mode="markers", symbol=[shape, f"{shape}-open"][: len(known)], size=11,
                      legendgroup=name, showlegend=col == 1, row=1, col=col)
         known = table[columns[0]].dropna()
         wide = len(known) and known.max() > 10 * known.min() > 0  # else log ticks would be few
-        figure.update_xaxes(type="log" if wide else "linear", row=1, col=col)
-    return styled(figure, height=380)
+        figure.update_xaxes(type="log" if wide else "linear", hoverformat=".4~s", row=1, col=col)
+    unit = "" if score == "bits per byte" else f" ({NATS})"
+    figure.update_yaxes(hoverformat=".3f").update_yaxes(title_text=score + unit, col=1)
+    return styled(figure, 380, warning=warning)
 
 
 def expert_load(frame: pd.DataFrame) -> go.Figure:
@@ -203,7 +276,8 @@ def expert_load(frame: pd.DataFrame) -> go.Figure:
     runs = dict(list(known.groupby("run", sort=False)))
     columns, rows = min(3, max(1, len(runs))), max(1, -(-len(runs) // 3))
     figure = make_subplots(rows, columns, vertical_spacing=0.25 / rows,
-                           subplot_titles=list(map(html.escape, runs)) or ["No run has experts"])
+                           subplot_titles=[titled(html.escape(run)) for run in runs]
+                           or ["No run has experts"])
     for number, (run, records) in enumerate(runs.items()):
         sizes = records["expert_load"].map(lambda load: tuple(map(len, load)))
         records = records[sizes == sizes.iloc[0]]  # the columns of a heat map have one length

@@ -214,6 +214,7 @@ def results_table(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["steps", *numbers, "state"])
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
     table[counts] = table[counts].replace([np.inf, -np.inf], np.nan).round().astype("Int64")
+    table.attrs["runs"] = frame.attrs["runs"]
     return table.rename_axis("run")
 
 

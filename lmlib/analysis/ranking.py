@@ -225,32 +225,75 @@ def _half_interval(losses: pd.DataFrame | np.ndarray) -> float:
 
 
 def losses(run_dirs: Iterable[str | Path]) -> go.Figure:
-    """Draw each seed's last validation loss as a dot and their mean as a bar, best model on top."""
+    """Draw each seed's last validation loss as a dot, with the mean and its 95 % interval over
+    seeds; the best model is on top.
+    """
     runs, figure = finished(run_dirs), go.Figure()
-    models = list(ranking(runs).index)
-    for number, model in reversed([*enumerate(models)]):  # Plotly draws upward
-        values = runs[runs["model"] == model]["validation loss"].tolist()
-        mean = [sum(values) / len(values)]
-        for x, symbol, size in ((values, figures.shape_of(number), 9), (mean, "line-ns-open", 20)):
-            figures.add_line(figure, number, x, [html.escape(model)] * len(x), model,
-                             mode="markers", symbol=symbol, size=size)
-    title = "validation loss after the last step (nats per token), one dot per seed"
-    figures.styled(figure, 130 + 36 * max(1, len(models)), 20, showlegend=False, xaxis_title=title)
+    score, unit, warning = _score(runs)
+    means, numbers = runs.groupby("model")[score].mean(), list(ranking(runs).index)
+    for model in means.sort_values(ascending=False, kind="stable").index:  # Plotly draws upward
+        number = numbers.index(model)  # the color that it has everywhere
+        values = runs.loc[runs["model"] == model, score].dropna()
+        mean, count = values.mean(), len(values)
+        half = student_t(0.975, count - 1) * values.std() / math.sqrt(count) if count > 1 else 0.0
+        drawn = [([mean - half, mean + half], "lines+markers", 2.5, "line-ns-open", 10),
+                 (values.tolist(), "markers", 1, f"{figures.shape_of(number)}-open", 8),
+                 ([mean], "markers", 1, figures.shape_of(number), 11)]
+        for x, mode, width, symbol, size in drawn:
+            figures.add_line(figure, number, x, [html.escape(model)] * len(x), model, mode=mode,
+                             width=width, symbol=symbol, size=size, showlegend=False,
+                             hoverinfo="x")
+    figure.update_yaxes(type="category").update_xaxes(hoverformat=".3f")
+    figure.update_xaxes(title_text=f"validation, {unit}, after the last step")
+    figure.add_annotation(text=figures.titled("Every seed", "open; filled: the mean, with its 95 % "
+                          "interval over seeds"), x=0.5, y=1, xref="paper", yref="paper",
+                          yanchor="bottom", showarrow=False)
+    figures.styled(figure, 120 + 34 * max(1, len(means)), 40, warning, showlegend=False)
     return figure.update_layout(margin={"l": 220})
 
 
 def curves(run_dirs: Iterable[str | Path], x: str = "step") -> go.Figure:
-    """Draw the mean validation loss of each model's seeds over `x`, with its standard deviation."""
+    """Draw each model's mean validation loss over `x`, minus the mean over models at each step.
+
+    So close curves can be told apart; the title says what the common mean is. The bars are the
+    standard deviation over seeds of the same difference. One model alone is drawn as it is.
+    """
     run_dirs, figure = list(run_dirs), go.Figure()
     runs, frame = finished(run_dirs), frames.read_runs(run_dirs)
-    evals = frame[frame["kind"] == "eval"]
+    score, unit, warning = _score(runs)
+    column = "val_loss" if score == "validation loss" else "val_bits_per_byte"
+    evals = frame[(frame["kind"] == "eval") & frame["run"].isin(runs.index)]
+    evals = evals.reindex(columns=list({"run", "step", x, column})).dropna(subset=column)
+    evals = evals.join(runs[["model", "seed"]], on="run")
+    means = evals.groupby(["step", "model"])[column].mean().unstack()
+    common = means.dropna().mean(axis=1) if means.shape[1] > 1 else means.sum(axis=1) * 0
+    apart = evals[column] - evals.groupby(["step", "seed"])[column].transform("mean")
+    bars = apart.groupby([evals["step"], evals["model"]]).std().unstack().fillna(0)
+    places = evals.groupby(["step", "model"])[x].mean().unstack()
     for number, model in enumerate(ranking(runs).index):
-        steps = evals[evals["run"].isin(runs.index[runs["model"] == model])].groupby("step")
-        loss = steps["val_loss"]
-        figures.add_line(figure, number, steps[x].mean().tolist(), loss.mean().tolist(), model,
-                         error=loss.std().fillna(0).tolist())
-    return figures.styled(figure, height=440, top=90, xaxis_title_text=frames.AXES[x],
-                          yaxis_title_text="validation loss (nats per token)")
+        if model in means:
+            steps = common.index[means.loc[common.index, model].notna()]
+            figures.add_line(figure, number, places.loc[steps, model].tolist(),
+                             (means[model] - common).loc[steps].tolist(), model,
+                             error=bars.loc[steps, model].tolist())
+    said = ""
+    if common.any():
+        said = (f"the mean falls from {common.iloc[0]:.3f} (step {common.index[0]:,.0f}) to "
+                f"{common.iloc[-1]:.3f} (step {common.index[-1]:,.0f})")
+    title = "Difference to the mean over models" if said else "Validation"
+    figure.add_annotation(text=figures.titled(title, said), x=0.5, y=1, xref="paper", yref="paper",
+                          yanchor="bottom", showarrow=False)
+    figure.update_yaxes(hoverformat="+.3f", title_text=f"validation, {unit}")
+    figure.update_xaxes(title_text=frames.AXES[x], hoverformat=figures.HOVER_X[x],
+                        unifiedhovertitle={"text": frames.AXES[x] + " %{x}"})
+    return figures.styled(figure, 440, warning=warning, hovermode="x unified")
+
+
+def _score(runs: pd.DataFrame) -> tuple[str, str, str]:
+    """Return the column in which finished runs can be compared, its unit, and a warning or ""."""
+    column, warning = frames.loss_column(runs["folder"] if len(runs) else [])
+    return ("validation loss", figures.NATS, "") if column == "val_loss" else (
+        "bits per byte", "bits per byte", warning)
 
 
 def summary(run_dirs: Iterable[str | Path]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
-import plotly.graph_objects as go
 from IPython import get_ipython
 from IPython.display import display
 
@@ -88,15 +87,10 @@ class _Chart:
     def draw_widget(self, frame: Any):
         """Show a status line, the curves, and the newest sample."""
         if self.widget is None:
-            self.widget = go.FigureWidget(figures.training_curves(frame).update_layout(width=850))
+            self.widget = figures.widget(figures.training_curves(frame))
             self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
             box = ipywidgets.VBox([self.status, self.widget, self.text])
             self.handle = display(box, display_id=True)
         self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
         self.text.value = token_html.cards(frames.samples_at(frame)[:1])
-        [folder] = frame.attrs["runs"].values()
-        lines = sum(figures.panel_lines(frame, folder=folder), [])  # in the order of the traces
-        with self.widget.batch_update():
-            for trace, line in zip(self.widget.data, lines, strict=True):
-                trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
-                trace.showlegend = trace.xaxis == "x" and bool(line["x"])
+        figures.update(self.widget, frame)

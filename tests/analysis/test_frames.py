@@ -300,12 +300,10 @@ def test_status_of_a_run_that_runs_is_killed_and_resumes(smoke, tmp_path):
             pass
         process.send_signal(signal.SIGTERM)
     assert run_status(config.run_dir) == "stopped" and len(frames.resumes(config.run_dir)) == 1
-    line = [
-        t
-        for t in figures.training_curves(frames.read_runs(config.run_dir)).data
-        if t.name == "resumed here"
-    ]
-    assert list(line[0].x) == frames.resumes(config.run_dir)
+    marks = figures.marks(frames.read_runs(config.run_dir))
+    assert {mark["x0"] for mark in marks if mark["name"] == "resumed"} == set(
+        frames.resumes(config.run_dir)
+    )
 
 
 def test_samples_at_returns_the_samples_of_the_last_evaluation(trained):

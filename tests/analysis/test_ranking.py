@@ -81,7 +81,18 @@ def test_models_are_compared_by_the_differences_between_runs_of_one_seed(tmp_pat
     said = "worse: 5.110 nats over 3 seeds, +0.110 ± 0.025 (seeds) to the best: documents unknown\n"
     assert said in ranking.summary([*best, *worse])
     assert {trace.name for trace in ranking.losses([*best, *worse]).data} == {"best", "worse"}
-    assert list(ranking.curves([*best, *worse]).data[0].y) == [5.0]
+    curves = ranking.curves([*best, *worse])  # 5 and 5.11 around their mean
+    assert [trace.y[0] for trace in curves.data] == pytest.approx([-0.055, 0.055])
+    assert "5.055 (step 10)" in curves.layout.annotations[0].text
+    assert curves.data[1].error_y.array[0] == pytest.approx(0.005)  # of 0.10, 0.12, 0.11, halved
+    [interval] = [t for t in ranking.losses(worse).data if "lines" in t.mode]
+    half = 4.303 * np.std([4.1, 5.12, 6.11], ddof=1) / math.sqrt(3)
+    assert list(interval.x) == pytest.approx([5.11 - half, 5.11 + half], rel=1e-3)
+    assert list(ranking.curves(best).data[0].y) == [5.0]  # one model: as it is
+    assert [t.y[0] for t in ranking.losses([*worse, *best]).data if "lines" in t.mode] == [
+        "worse",
+        "best",
+    ]  # drawn upward
     assert ranking.first_seeds([*best[::-1], *worse]) == [best[0], worse[0]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 
 from lmlib import audit
-from lmlib.analysis import audit_page, figures, frames, ranking, render
+from lmlib.analysis import audit_page, figures, frames, ranking, render, tables
 from lmlib.config import RunConfig
 from lmlib.notebook import token_html
 from lmlib.text import printable
@@ -205,6 +205,8 @@ def pages(text: str, run_dir: Path, exporter: Any) -> dict[str, str]:
         "scores": frames.results_table([run_dir]).to_html(),
         "parameters": parameters.to_html(),
         "ranking": ranking.ranking([run_dir]).to_html(),
+        "card": tables.results(run_dir).html,
+        "formatted parameters": tables.formatted(parameters, text).html,
         "texts": token_html.cards(frames.samples_at(frame)),
         **{
             name: figure.to_html(include_plotlyjs=False, div_id="x")
