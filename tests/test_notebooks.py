@@ -47,6 +47,20 @@ def test_notebooks_are_short_and_define_nothing(path):
     assert path.stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_saving_in_jupyterlab_would_change_nothing(path):
+    """JavaScript writes 10.0 as 10, and JupyterLab what it knows of the kernel (a browser test)."""
+
+    def as_javascript(text: str) -> int | float:
+        return int(float(text)) if float(text).is_integer() else float(text)
+
+    text = path.read_text("utf-8")
+    book = json.loads(text, parse_float=as_javascript)
+    assert text == json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    assert book["metadata"]["kernelspec"]["display_name"] == "Python 3 (ipykernel)"
+    assert book["metadata"]["language_info"]["version"]
+
+
 def test_the_parameters_cell_repeats_runconfig_line_by_line():
     """Name, default and comment of each parameter, in order: a JupyterLab user sees them all."""
     source = (PROJECT_ROOT / "lmlib" / "config.py").read_text()

@@ -47,8 +47,15 @@ body { margin: 1em auto; max-width: 1200px; padding: 0 1em; font: 14px system-ui
 
 def bundle(figure: go.Figure, text: str) -> dict[str, Any]:
     """Return a figure as Plotly's JSON, a PNG and plain text, for `display(..., raw=True)`."""
-    return {"application/vnd.plotly.v1+json": {**json.loads(figure.to_json()), "config": CONFIG},
+    content = json.loads(figure.to_json(), parse_float=_as_javascript)
+    return {"application/vnd.plotly.v1+json": {**content, "config": CONFIG},
             "image/png": base64.b64encode(png(figure)).decode(), "text/plain": text}
+
+
+def _as_javascript(text: str) -> int | float:
+    """Read a number as JavaScript writes it, so that JupyterLab's save leaves a file as it is."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 1e21 else number
 
 
 def show(figure: go.Figure, text: str = "A figure"):
