@@ -1,7 +1,9 @@
-"""The live chart of a training notebook."""
+"""The page of a training run: its state and numbers, its chart, and the end of its log."""
 
+import html
 import time
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +12,48 @@ import plotly.graph_objects as go
 from IPython import get_ipython
 from IPython.display import display
 
-from lmlib.analysis import figures, frames
+from lmlib.analysis import figures, frames, render
+from lmlib.checkpoint import checkpoint_steps
+from lmlib.errors import Stopped
+from lmlib.files import read_mapping
 from lmlib.notebook import token_html
-from lmlib.run.records import Record
+from lmlib.notebook.header import header, next_steps, notebook_link
+from lmlib.run.records import Record, describe, read_records
 from lmlib.text import printable
 
 INTERVAL = 1.0  # least seconds between two drawings
 CREDIT, SHARE = 0.5, 0.01  # drawing may take CREDIT seconds, plus this fraction of the run's time
+STILL = 60.0  # seconds between the images that a closed page keeps; JupyterLab saves every 120
+LINES, KEPT = 6, 500  # of the log: in view during training, and kept below the chart
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
-    """Yield a run's records and draw its curves: `for record in watch(train(config), run_dir)`.
+    """Yield a run's records and show them: `for record in watch(train(config), run_dir)`.
 
-    In JupyterLab the chart is a widget whose lines move; elsewhere (papermill, nbval) an image is
-    replaced. At the end, or when stopped, either leaves a static chart, which needs no kernel. An
-    error in drawing is reported once, and training continues without the chart.
+    In JupyterLab the chart is a widget whose lines move, and a run that is stopped ends the loop
+    with a line that says so. Elsewhere (papermill, nbval, scripts) an image is replaced, the log
+    is printed, and `Stopped` is raised. At the end either leaves a static page, which needs no
+    kernel. An error in drawing is reported once, and training continues without the page.
     """
-    chart = _Chart(run_dir)
-    start, spent, last = time.monotonic(), 0.0, None
+    page, state = _Page(Path(run_dir)), "died"
     try:
         for record in records:
-            now = time.monotonic()
-            if last is None or (now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - start)):
-                chart.draw(as_widget=is_live())
-                if last is not None:  # the first drawing is free: it pays for imports
-                    spent += time.monotonic() - now
-                last = time.monotonic()
+            page.add(record)
             yield record
+        state = "finished"
+    except GeneratorExit:
+        state = "stopped"
+        raise
+    except KeyboardInterrupt as stopped:
+        state = "stopped"
+        if not page.is_live:
+            raise
+        if not page.latest:
+            print(stopped if isinstance(stopped, Stopped) else "Stopped before the first step.")
     finally:
         if isinstance(records, Generator):
             records.close()  # a consumer that leaves early: the run is saved before it is drawn
-        if Path(run_dir).is_dir():
-            chart.draw(as_widget=False)
+        page.end(state)
 
 
 def is_live() -> bool:
@@ -53,50 +65,133 @@ def is_live() -> bool:
     return kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
 
 
-class _Chart:
-    """One output: an image that is replaced, or a widget that an image replaces at the end."""
+class _Page:
+    """Three outputs: the head, the chart's image, and what stands below it, the live widget first.
 
-    def __init__(self, run_dir: str | Path):
-        self.run_dir = run_dir
-        self.handle = self.widget = None
+    The widget hides the image (see `header.STYLE`). On a page that was closed during the run, whose
+    widget is lost, the image is seen again.
+    """
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.is_live = run_dir, is_live()
+        self.handles: dict[str, Any] = {}
+        self.latest: dict[str, dict[str, Any]] = {}  # the newest record of each kind
+        self.lines: deque[str] = deque(maxlen=KEPT)
+        self.widget = None
         self.has_failed = False
+        self.began = self.drawn = self.imaged = time.monotonic()
+        self.spent = 0.0
 
-    def draw(self, as_widget: bool):
-        """Draw the run's records; after an error, which is reported, do nothing."""
+    def add(self, record: Record):
+        """Take in the next record, and draw if it is time."""
+        is_first = not self.latest
+        if is_first:
+            self.latest = {r["kind"]: r | r["timing"] for r in read_records(self.run_dir)
+                           if isinstance(r.get("kind"), str) and isinstance(r.get("timing"), dict)}
+            self.total = read_mapping(self.run_dir / "config.json").get("total_steps")
+        self.latest[record.kind] = {**record.timing, **record.values, "step": record.step}
+        line, now = describe(record, self.total), time.monotonic()
+        self.lines.append(line)
+        if is_first or now - self.drawn >= INTERVAL:
+            self.try_to(self.draw, "running", is_first)
+            self.drawn = time.monotonic()
+        if not self.is_live or self.has_failed:
+            print(line)
+
+    def end(self, state: str):
+        """Draw the last state, unless nothing was recorded."""
+        if self.latest and self.run_dir.is_dir():
+            self.try_to(self.draw_end, state)
+
+    def try_to(self, draw: Any, *arguments: Any):
+        """Draw; after an error, which is reported, do nothing."""
         if self.has_failed:
             return
         try:
-            frame = frames.read_runs(self.run_dir)
-            if as_widget:
-                self.draw_widget(frame)
-            else:
-                self.draw_image(frame)
+            draw(*arguments)
         except Exception as error:  # of any kind: none may end training
             self.has_failed = True
             print(printable(f"⚠ The chart is left out, since it cannot be drawn "
                             f"({type(error).__name__}: {error}); training continues."))
 
-    def draw_image(self, frame: Any):
-        bundle = figures.chart_bundle(frame)
-        if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
-        else:
-            self.handle.update(bundle, raw=True)
-        if self.widget is not None:
-            self.widget.close()
+    def draw(self, state: str, is_first: bool):
+        """Draw the head and the log, and the chart if the time for drawing is not used up."""
+        start, link = time.monotonic(), notebook_link("curves.ipynb", self.folder)
+        note = f"Closed this page? {link} follows this run (this page shows it as of "
+        self.put("head", header(self.run_dir, state, self.latest, self.total,
+                                f"{note}{time.strftime('%H:%M:%S')})." if self.is_live else ""))
+        if not is_first and self.spent > CREDIT + SHARE * (start - self.began):
+            self.draw_texts()
+            return
+        frame = frames.read_runs(self.run_dir)
+        if is_first or not self.is_live or start - self.imaged >= STILL:
+            self.put("image", figures.chart_bundle(frame))
+            self.imaged = start
+        if self.is_live:
+            self.draw_widget(frame)
+            self.draw_texts()
+        if not is_first:  # the first drawing is free: it pays for imports
+            self.spent += time.monotonic() - start
 
     def draw_widget(self, frame: Any):
-        """Show a status line, the curves, and the newest sample."""
+        """Show the curves as a widget, or move its lines."""
         if self.widget is None:
-            self.widget = go.FigureWidget(figures.training_curves(frame).update_layout(width=850))
-            self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
-            box = ipywidgets.VBox([self.status, self.widget, self.text])
-            self.handle = display(box, display_id=True)
-        self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
-        self.text.value = token_html.cards(frames.samples_at(frame)[:1])
+            self.widget = go.FigureWidget(figures.training_curves(frame))
+            self.texts = ipywidgets.HTML()
+            width = {"max_width": f"{render.WIDTH}px"}  # that of the image
+            box = ipywidgets.VBox([self.widget, self.texts], layout=width)
+            box.add_class("lmlib-live")
+            plain = f"The live chart of {printable(self.run_dir.name)}"
+            self.put("below", {**box._repr_mimebundle_(), "text/plain": plain})
         [folder] = frame.attrs["runs"].values()
         lines = sum(figures.panel_lines(frame, folder=folder), [])  # in the order of the traces
         with self.widget.batch_update():
             for trace, line in zip(self.widget.data, lines, strict=True):
                 trace.x, trace.y, trace.error_y.array = line["x"], line["y"], line["error"]
                 trace.showlegend = trace.xaxis == "x" and bool(line["x"])
+
+    def draw_texts(self):
+        """Show the end of the log, and the newest sample."""
+        if self.widget is None:
+            return
+        sample = self.latest.get("sample", {})
+        cards = [(f"Sample at step {sample['step']}", sample["prompts"][0], sample["texts"][0])
+                 ] if sample else []
+        self.texts.value = _log(list(self.lines)[-LINES:]) + token_html.cards(cards)
+
+    def draw_end(self, state: str):
+        """Draw the page that stays, which needs no kernel."""
+        steps, note = checkpoint_steps(self.run_dir), ""
+        if state == "stopped":
+            note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
+                    "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
+                    "saved; running the cells again starts anew.")
+        self.put("head", header(self.run_dir, state, self.latest, self.total, note))
+        self.put("image", figures.chart_bundle(frames.read_runs(self.run_dir)))
+        below = "" if state == "died" else f"<p>{next_steps(self.run_dir, self.folder)}</p>"
+        if self.is_live:
+            below += (f"<details><summary>Log: the last {len(self.lines)} lines</summary>"
+                      f"{_log(self.lines)}</details>")
+        self.put("below", {"text/html": below, "text/plain": note or state})
+        if self.widget is not None:
+            self.widget.close()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the notebook: papermill writes it into the run's."""
+        return Path.cwd() if self.is_live else self.run_dir
+
+    def put(self, name: str, bundle: dict[str, Any]):
+        """Show an output, or replace it; without IPython there is nowhere to show it."""
+        if get_ipython() is None:
+            return
+        if name in self.handles:
+            self.handles[name].update(bundle, raw=True)
+        else:
+            self.handles[name] = display(bundle, raw=True, display_id=True)
+
+
+def _log(lines: Iterable[str]) -> str:
+    """Show lines of the log as HTML."""
+    text = html.escape(printable("\n".join(lines)))
+    return (f"<pre style='max-height: 20em; overflow: auto; font-size: 12px; line-height: 1.4'>"
+            f"{text}</pre>")

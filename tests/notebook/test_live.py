@@ -6,6 +6,7 @@ import lmlib
 from lmlib.analysis import figures
 from lmlib.checkpoint import checkpoint_steps
 from lmlib.notebook.live import watch
+from lmlib.run.records import Record
 
 
 def break_charts(monkeypatch, error):
@@ -34,9 +35,10 @@ def test_records_that_cannot_be_read_cost_the_chart_too(smoke, capsys):
 
     def records():
         (config.run_dir / "metrics.jsonl").mkdir(parents=True)
-        yield from range(3)
+        yield from made
 
-    assert list(watch(records(), config.run_dir)) == [0, 1, 2]
+    made = [Record("checkpoint", step, {"path": "p"}, {}) for step in range(3)]
+    assert list(watch(records(), config.run_dir)) == made
     assert capsys.readouterr().out.count("The chart is left out") == 1
 
 
@@ -45,7 +47,7 @@ def test_a_consumer_that_leaves_ends_training_before_the_last_drawing(smoke, mon
 
     def records():
         try:
-            yield 1
+            yield Record("checkpoint", 1, {"path": "p"}, {})
         finally:
             order.append("closed")
 
