@@ -5,6 +5,7 @@ A finished run starts nowhere: training it again changes nothing.
 
 import math
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,25 +207,25 @@ def greeting(start: Start, recipe: str | Path | None = None) -> str:
 
 def _differences(config: RunConfig, recipe: str | Path | None) -> list[str]:
     """Name the parameters in use that differ from the recipe's, and from the defaults."""
-    values, lines = config.to_dict(), []
-    for name in {"run_name", "output_dir", *unused_parameters(config.attention,
-                                                              config.feed_forward)}:
+    values, defaults, lines = config.to_dict(), RunConfig().to_dict(), []
+    unused = unused_parameters(config.attention, config.feed_forward)
+    for name in {"run_name", "output_dir", *unused}:
         del values[name]
+    theirs = values
     if recipe:
-        try:
+        with suppress(UserError):  # it may be valid only with what was added to it
             theirs = RunConfig.load(recipe).to_dict()
-        except UserError:  # it is valid only with what was added to it
-            theirs = values
-        changed = [f"{name} {_value(value)} (recipe: {_value(theirs[name])})"
+        changed = [f"{name}\xa0{_value(value)}\xa0(recipe:\xa0{_value(theirs[name])})"
                    for name, value in values.items() if value != theirs[name]]
         name = printable(files.display_path(files.resolve_path(recipe).absolute()))
-        lines = [f"Recipe {name}, "
-                 + (f"changed: {', '.join(changed)}." if changed else "unchanged.")]
-    defaults = RunConfig().to_dict()
-    unlike = [f"{name} {_value(value)}" for name, value in values.items()
-              if value != defaults[name]]
-    lines += [f"Unlike the defaults: {', '.join(unlike)}."] if unlike else []
-    return [line for text in lines for line in textwrap.wrap(text, 100, subsequent_indent="  ")]
+        lines.append(f"Recipe {name}, "
+                     + (f"changed: {', '.join(changed)}." if changed else "unchanged."))
+    unlike = [name for name in values if values[name] != defaults[name]]
+    if any(theirs[name] != defaults[name] for name in values):  # else the same list again
+        listed = ", ".join(f"{name}\xa0{_value(values[name])}" for name in unlike)
+        lines.append(f"Unlike the defaults: {listed or 'nothing'}.")
+    return [line.replace("\xa0", " ") for text in lines  # which has kept each item on one line
+            for line in textwrap.wrap(text, 100, subsequent_indent="  ")]
 
 
 def _value(value: Any) -> str:
