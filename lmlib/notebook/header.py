@@ -27,12 +27,12 @@ STYLE = """<style>
 .lmlib-head .tile { background: rgba(128, 128, 128, .1); border-radius: 6px; padding: 6px 10px }
 .lmlib-head .tile b { display: block; font-size: 17px; white-space: nowrap;
   font-variant-numeric: tabular-nums }
-.lmlib-head .tile small, .lmlib-head .note { opacity: .75 }
+.lmlib-head small { opacity: .75 }
 .lmlib-head .note { min-height: 1.5em; margin-top: 8px }
 .jp-OutputArea:has(.lmlib-live) > .jp-OutputArea-child:has(.jp-RenderedPlotly) { display: none }
 .jp-OutputArea:has(.lmlib-head) > .jp-OutputArea-child:has(
-  [data-mime-type="application/vnd.jupyter.widget-view+json"]):not(:has(.lmlib-live)) {
-  display: none }
+  > .lm-Panel.jp-OutputArea-output):not(:has(.lmlib-live)) { display: none }
+.lmlib-live { overflow-x: auto }
 </style>"""
 
 
@@ -119,9 +119,9 @@ def notebook_link(name: str, folder: Path) -> str:
 
 
 def next_steps(run_dir: Path, folder: Path) -> str:
-    """Say what to do with a run, as a line of HTML for a page in `folder`."""
+    """Say what to do with a run that has a checkpoint, as HTML for a page in `folder`."""
     run = html.escape(printable(display_path(run_dir)))
     return (f"<b>Next:</b> {notebook_link('curves.ipynb', folder)} shows its curves beside other "
-            f"runs, {notebook_link('generate.ipynb', folder)} lets you talk to it; in a terminal, "
-            f"<code>lmlib generate {run}</code>. To train longer, raise total_steps and run the "
-            "cells again.")
+            f"runs, {notebook_link('generate.ipynb', folder)} continues your prompts; in a "
+            f"terminal, <code>lmlib generate {run}</code>. total_steps may change: run the cells "
+            "again to train longer, or to finish earlier.")

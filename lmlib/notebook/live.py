@@ -22,8 +22,8 @@ from lmlib.run.records import Record, describe, read_records
 from lmlib.text import printable
 
 INTERVAL = 1.0  # least seconds between two drawings
-CREDIT, SHARE = 0.5, 0.01  # drawing may take CREDIT seconds, plus this fraction of the run's time
-STILL = 60.0  # seconds between the images that a closed page keeps; JupyterLab saves every 120
+CREDIT, SHARE = 0.5, 0.02  # drawing may take CREDIT seconds, plus this fraction of the run's time
+STILL = 60.0  # most seconds between the images that a closed page keeps
 LINES, KEPT = 6, 500  # of the log: in view during training, and kept below the chart
 
 
@@ -92,7 +92,7 @@ class _Page:
         line, now = describe(record, self.total), time.monotonic()
         self.lines.append(line)
         if is_first or now - self.drawn >= INTERVAL:
-            self.try_to(self.draw, "running", is_first)
+            self.try_to(self.draw, is_first)
             self.drawn = time.monotonic()
         if not self.is_live or self.has_failed:
             print(line)
@@ -113,32 +113,38 @@ class _Page:
             print(printable(f"⚠ The chart is left out, since it cannot be drawn "
                             f"({type(error).__name__}: {error}); training continues."))
 
-    def draw(self, state: str, is_first: bool):
-        """Draw the head and the log, and the chart if the time for drawing is not used up."""
-        start, link = time.monotonic(), notebook_link("curves.ipynb", self.folder)
-        note = f"Closed this page? {link} follows this run (this page shows it as of "
-        self.put("head", header(self.run_dir, state, self.latest, self.total,
-                                f"{note}{time.strftime('%H:%M:%S')})." if self.is_live else ""))
-        if not is_first and self.spent > CREDIT + SHARE * (start - self.began):
-            self.draw_texts()
-            return
-        frame = frames.read_runs(self.run_dir)
-        if is_first or not self.is_live or start - self.imaged >= STILL:
-            self.put("image", figures.chart_bundle(frame))
-            self.imaged = start
+    def draw(self, is_first: bool):
+        """Draw the head and the log, and the chart unless the time for drawing is used up."""
+        note = ""
         if self.is_live:
-            self.draw_widget(frame)
-            self.draw_texts()
-        if not is_first:  # the first drawing is free: it pays for imports
-            self.spent += time.monotonic() - start
+            link, now = notebook_link("curves.ipynb", self.folder), time.strftime("%H:%M:%S")
+            note = (f"<small>Closed this page? {link} follows this run (this page shows it as of "
+                    f"{now}).</small>")
+        self.put("head", header(self.run_dir, "running", self.latest, self.total, note))
+        start = time.monotonic()
+        age = self.imaged - self.began
+        if is_first or (self.is_live and start - self.imaged >= min(STILL, 10 + age)):
+            self.draw_image()
+            self.imaged = start = time.monotonic()
+        if is_first or self.spent <= CREDIT + SHARE * (start - self.began):
+            if self.is_live:
+                self.draw_widget()
+            elif not is_first:
+                self.draw_image()
+            if not is_first:  # the first drawing is free: it pays for imports
+                self.spent += time.monotonic() - start
+        self.draw_texts()
 
-    def draw_widget(self, frame: Any):
+    def draw_image(self):
+        self.put("image", figures.chart_bundle(frames.read_runs(self.run_dir)))
+
+    def draw_widget(self):
         """Show the curves as a widget, or move its lines."""
+        frame = frames.read_runs(self.run_dir)
         if self.widget is None:
-            self.widget = go.FigureWidget(figures.training_curves(frame))
-            self.texts = ipywidgets.HTML()
-            width = {"max_width": f"{render.WIDTH}px"}  # that of the image
-            box = ipywidgets.VBox([self.widget, self.texts], layout=width)
+            figure = figures.training_curves(frame).update_layout(width=render.WIDTH)
+            self.widget, self.texts = go.FigureWidget(figure), ipywidgets.HTML()
+            box = ipywidgets.VBox([self.widget, self.texts])
             box.add_class("lmlib-live")
             plain = f"The live chart of {printable(self.run_dir.name)}"
             self.put("below", {**box._repr_mimebundle_(), "text/plain": plain})
@@ -162,12 +168,13 @@ class _Page:
         """Draw the page that stays, which needs no kernel."""
         steps, note = checkpoint_steps(self.run_dir), ""
         if state == "stopped":
+            self.latest["checkpoint"] = {"step": max(steps, default=0)}  # none tells of this one
             note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
                     "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
                     "saved; running the cells again starts anew.")
         self.put("head", header(self.run_dir, state, self.latest, self.total, note))
-        self.put("image", figures.chart_bundle(frames.read_runs(self.run_dir)))
-        below = "" if state == "died" else f"<p>{next_steps(self.run_dir, self.folder)}</p>"
+        self.draw_image()
+        below = f"<p>{next_steps(self.run_dir, self.folder)}</p>" if steps else ""
         if self.is_live:
             below += (f"<details><summary>Log: the last {len(self.lines)} lines</summary>"
                       f"{_log(self.lines)}</details>")
