@@ -23,9 +23,9 @@ STYLE = """<style>
   background: rgba(128, 128, 128, .25) }
 .lmlib-head .bar div { height: 100% }
 .lmlib-head .tiles { display: grid; gap: 8px;
-  grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)) }
 .lmlib-head .tile { background: rgba(128, 128, 128, .1); border-radius: 6px; padding: 6px 10px }
-.lmlib-head .tile b { display: block; font-size: 17px; white-space: nowrap;
+.lmlib-head .tile b { display: block; font-size: 16px; white-space: nowrap;
   font-variant-numeric: tabular-nums }
 .lmlib-head small { opacity: .75 }
 .lmlib-head .note { min-height: 1.5em; margin-top: 8px }
@@ -33,6 +33,7 @@ STYLE = """<style>
 .jp-OutputArea:has(.lmlib-head) > .jp-OutputArea-child:has(
   > .lm-Panel.jp-OutputArea-output):not(:has(.lmlib-live)) { display: none }
 .lmlib-live { overflow-x: auto }
+.jp-RenderedPlotly .plot-img { max-width: 100% }
 </style>"""
 
 

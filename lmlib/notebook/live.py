@@ -4,6 +4,7 @@ import html
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,17 @@ class _Page:
 
     def end(self, state: str):
         """Draw the last state, unless nothing was recorded."""
-        if self.latest and self.run_dir.is_dir():
-            self.try_to(self.draw_end, state)
+        if not self.latest or not self.run_dir.is_dir():
+            return
+        steps, note = checkpoint_steps(self.run_dir), ""
+        if state == "stopped":
+            self.latest["checkpoint"] = {"step": max(steps, default=0)}  # none tells of this one
+            note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
+                    "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
+                    "saved; running the cells again starts anew.")
+        with suppress(Exception):  # where the chart has failed, the state is said all the same
+            self.put("head", header(self.run_dir, state, self.latest, self.total, note))
+        self.try_to(self.draw_end, bool(steps))
 
     def try_to(self, draw: Any, *arguments: Any):
         """Draw; after an error, which is reported, do nothing."""
@@ -164,21 +174,14 @@ class _Page:
                  ] if sample else []
         self.texts.value = _log(list(self.lines)[-LINES:]) + token_html.cards(cards)
 
-    def draw_end(self, state: str):
-        """Draw the page that stays, which needs no kernel."""
-        steps, note = checkpoint_steps(self.run_dir), ""
-        if state == "stopped":
-            self.latest["checkpoint"] = {"step": max(steps, default=0)}  # none tells of this one
-            note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
-                    "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
-                    "saved; running the cells again starts anew.")
-        self.put("head", header(self.run_dir, state, self.latest, self.total, note))
+    def draw_end(self, has_checkpoint: bool):
+        """Draw the rest of the page that stays, which needs no kernel."""
         self.draw_image()
-        below = f"<p>{next_steps(self.run_dir, self.folder)}</p>" if steps else ""
+        below = f"<p>{next_steps(self.run_dir, self.folder)}</p>" if has_checkpoint else ""
         if self.is_live:
             below += (f"<details><summary>Log: the last {len(self.lines)} lines</summary>"
                       f"{_log(self.lines)}</details>")
-        self.put("below", {"text/html": below, "text/plain": note or state})
+        self.put("below", {"text/html": below, "text/plain": ""})
         if self.widget is not None:
             self.widget.close()
 
