@@ -177,6 +177,7 @@ def test_interrupting_the_kernel_saves_the_run(outputs):
         reply = client.get_shell_msg(timeout=60)["content"]
         assert (reply["status"], reply["ename"]) == ("error", "Stopped")
         assert "checkpoint is saved" in reply["evalue"]
+        assert reply["traceback"] == [reply["evalue"]]  # the sentence alone
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
