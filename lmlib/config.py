@@ -1,7 +1,7 @@
 """RunConfig: every parameter of a run, flat, frozen and validated as a whole.
 
-The defaults are the quickstart recipe. The parameters cell of train.ipynb repeats the lines of the
-class, so a name, its default and its comment have one home: here.
+The defaults are the quickstart recipe. The parameters cell of train.ipynb repeats the names and
+comments of the class; a parameter, its default and its comment have one home: here.
 """
 
 import hashlib

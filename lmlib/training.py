@@ -21,7 +21,7 @@ from lmlib import checkpoint, evaluation, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokens import EvaluationText
 from lmlib.data.verify import data_hash
-from lmlib.errors import UserError
+from lmlib.errors import Stopped, UserError
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import complete, generate_ids
@@ -43,10 +43,6 @@ PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # of the sample after each ev
 
 class NonFinite(UserError):
     """A loss or gradient norm was infinite or NaN; no weight was changed by it."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop; its checkpoint is saved."""
 
 
 def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:

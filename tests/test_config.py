@@ -134,10 +134,12 @@ def test_command_line_values_are_typed_by_their_parameter():
 
 
 def test_a_notebook_takes_injected_over_edited_over_recipe_over_default():
-    cell = 'recipe = "params/smoke.yaml"\nrun_name = "quickstart"\nseed = 0\ntotal_steps = 600\nbatch_size = 7'
+    cell = (
+        'recipe = "params/smoke.yaml"\nrun_name = None\nseed = 0\ntotal_steps = 600\nbatch_size = 7'
+    )
     variables = {
         "recipe": "params/smoke.yaml",
-        "run_name": "quickstart",
+        "run_name": None,
         "seed": 3,
         "total_steps": 600,
         "batch_size": 7,

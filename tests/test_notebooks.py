@@ -61,15 +61,21 @@ def test_saving_in_jupyterlab_would_change_nothing(path):
     assert book["metadata"]["language_info"]["version"]
 
 
-def test_the_parameters_cell_repeats_runconfig_line_by_line():
-    """Name, default and comment of each parameter, in order: a JupyterLab user sees them all."""
+def test_the_parameters_cell_lists_every_parameter_with_runconfigs_comment():
+    """Each is None, "as the recipe says"; what the class calls None is "null" in the cell."""
     source = (PROJECT_ROOT / "lmlib" / "config.py").read_text()
     body = source[source.index("# fmt: off") : source.index("# fmt: on")]
-    declared = re.findall(r"^    (\w+): .+? = (\".*?\"|\S+)\s+# (.*)$", body, re.MULTILINE)
-    assert [name for name, _, _ in declared] == list(RunConfig().to_dict())
+    declared = re.findall(r"^    (\w+): .+? = (?:\".*?\"|\S+)\s+# (.*)$", body, re.MULTILINE)
+    assert [name for name, _ in declared] == list(RunConfig().to_dict())
     cell = code_cells(PROJECT_ROOT / "notebooks" / "train.ipynb")[0].source
     assigned = re.findall(r"^(\w+) = (\".*?\"|\S+)  # (.*)$", cell, re.MULTILINE)
-    assert assigned[0][0] == "recipe" and assigned[1:] == declared
+    names = [name for name, _, _ in assigned]
+    assert names[:5] == ["recipe", "run_name", "total_steps", "corpus", "learning_rate"]
+    assert {value for _, value, _ in assigned[1:]} == {"None"}
+    rest = [name for name, _ in declared if name not in names[:5]]
+    assert names[5:] == rest and "# Everything else, rarely changed" in cell
+    comments = {name: comment.replace("None:", '"null":') for name, comment in declared}
+    assert {name: comment for name, _, comment in assigned[1:]} == comments
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -86,7 +92,17 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
     book = nbformat.read(tmp_path / "out.ipynb", 4)
     shown = texts(book)
     if path.stem == "train":
-        assert "Step 20/20: Loss=" in shown and "Val Loss:" in shown and "**HAMLET**" in shown
+        assert "Recipe params/quickstart.yaml, changed: " in shown
+        assert "vocab_size 512 (recipe: 4096)" in shown
+        assert re.search(
+            r"notebook: finished \| Step 20 / 20 \| Validation loss \d\.\d\d ± ", shown
+        )
+        assert (
+            "Step 1/20: Loss=" in shown
+            and "Step 20/20: Loss=" in shown
+            and "Val Loss:" in shown
+            and "**HAMLET**" in shown
+        )
         assert (trained.run_dir.parent / "notebook" / "training_curves.png").exists()
     if path.stem == "generate":
         assert (
@@ -175,6 +191,7 @@ def test_interrupting_the_kernel_saves_the_run(outputs):
         reply = client.get_shell_msg(timeout=60)["content"]
         assert (reply["status"], reply["ename"]) == ("error", "Stopped")
         assert "checkpoint is saved" in reply["evalue"]
+        assert reply["traceback"] == [reply["evalue"]]  # the sentence alone
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -16,7 +17,8 @@ from traitlets.config import Config
 
 from lmlib.cli.display import Output, show
 from lmlib.cli.train import load_config
-from lmlib.files import PROJECT_ROOT, atomic_write
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT, atomic_write, display_path, resolve_path
 from lmlib.parameters import absolute_paths
 from lmlib.run.lock import hangup_signals
 from lmlib.text import printable
@@ -40,13 +42,15 @@ def notebook(options: argparse.Namespace) -> int:
             manager = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(
                 PROJECT_ROOT / "notebooks" / "train.ipynb", executed,
-                absolute_paths(config.to_dict()), cwd=str(PROJECT_ROOT),
+                _injected(config, options.params), cwd=str(PROJECT_ROOT),
                 config=Config({"KernelManager": manager}), progress_bar=False, log_output=True,
                 stdout_file=Output("stdout"), stderr_file=Output("stderr"),
                 autosave_cell_every=10,  # seconds; what a kill leaves of the notebook
                 extra_arguments=["--log-level=50"])  # the kernel's end would be logged as a failure
     except papermill.PapermillExecutionError as error:
-        show(f"{error.ename}: {printable(error.evalue)}\nThe notebook so far: {executed}",
+        is_sentence = error.traceback == [printable(error.evalue)]
+        show(f"The notebook so far: {executed}", stream="stderr")
+        show(f"{'' if is_sentence else f'{error.ename}: '}{printable(error.evalue)}",
              stream="stderr")
         return 130 if error.ename == "Stopped" else 1
     except DeadKernelError:
@@ -55,6 +59,13 @@ def notebook(options: argparse.Namespace) -> int:
         return 1
     show(f"\nEverything is in {run_dir}: open train.ipynb or training_curves.html there.")
     return 0
+
+
+def _injected(config: RunConfig, recipe: str) -> dict[str, Any]:
+    """Return every parameter as train.ipynb reads it, and the recipe, which it names."""
+    recipe = display_path(resolve_path(recipe).absolute())
+    values = absolute_paths(config.to_dict()) | {"recipe": recipe}
+    return {name: "null" if value is None else value for name, value in values.items()}
 
 
 class AtomicHandler(LocalHandler):

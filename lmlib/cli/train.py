@@ -23,7 +23,7 @@ def train(options: argparse.Namespace):
     from lmlib.run.records import describe
     from lmlib.run.start import find_start, greeting
     start = find_start(config)
-    show(greeting(start))
+    show(greeting(start, options.params))
     if start.results:
         return
     try:

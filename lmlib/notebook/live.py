@@ -1,7 +1,10 @@
-"""The live chart of a training notebook."""
+"""The page of a training run: its state and numbers, its chart, and the end of its log."""
 
+import html
 import time
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +12,48 @@ import ipywidgets
 from IPython import get_ipython
 from IPython.display import display
 
-from lmlib.analysis import figures, frames
+from lmlib.analysis import figures, frames, render
+from lmlib.checkpoint import checkpoint_steps
+from lmlib.errors import Stopped
+from lmlib.files import read_mapping
 from lmlib.notebook import token_html
-from lmlib.run.records import Record
+from lmlib.notebook.header import header, next_steps, notebook_link
+from lmlib.run.records import Record, describe, read_records
 from lmlib.text import printable
 
 INTERVAL = 1.0  # least seconds between two drawings
-CREDIT, SHARE = 0.5, 0.01  # drawing may take CREDIT seconds, plus this fraction of the run's time
+CREDIT, SHARE = 0.5, 0.02  # drawing may take CREDIT seconds, plus this fraction of the run's time
+STILL = 60.0  # most seconds between the images that a closed page keeps
+LINES, KEPT = 6, 500  # of the log: in view during training, and kept below the chart
 
 
 def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
-    """Yield a run's records and draw its curves: `for record in watch(train(config), run_dir)`.
+    """Yield a run's records and show them: `for record in watch(train(config), run_dir)`.
 
-    In JupyterLab the chart is a widget whose lines move; elsewhere (papermill, nbval) an image is
-    replaced. At the end, or when stopped, either leaves a static chart, which needs no kernel. An
-    error in drawing is reported once, and training continues without the chart.
+    In JupyterLab the chart is a widget whose lines move, and a run that is stopped ends the loop
+    with a line that says so. Elsewhere (papermill, nbval, scripts) an image is replaced, the log
+    is printed, and `Stopped` is raised. At the end either leaves a static page, which needs no
+    kernel. An error in drawing is reported once, and training continues without the page.
     """
-    chart = _Chart(run_dir)
-    start, spent, last = time.monotonic(), 0.0, None
+    page, state = _Page(Path(run_dir)), "died"
     try:
         for record in records:
-            now = time.monotonic()
-            if last is None or (now - last >= INTERVAL and spent <= CREDIT + SHARE * (now - start)):
-                chart.draw(as_widget=is_live())
-                if last is not None:  # the first drawing is free: it pays for imports
-                    spent += time.monotonic() - now
-                last = time.monotonic()
+            page.add(record)
             yield record
+        state = "finished"
+    except GeneratorExit:
+        state = "stopped"
+        raise
+    except KeyboardInterrupt as stopped:
+        state = "stopped"
+        if not page.is_live:
+            raise
+        if not page.latest:
+            print(stopped if isinstance(stopped, Stopped) else "Stopped before the first step.")
     finally:
         if isinstance(records, Generator):
             records.close()  # a consumer that leaves early: the run is saved before it is drawn
-        if Path(run_dir).is_dir():
-            chart.draw(as_widget=False)
+        page.end(state)
 
 
 def is_live() -> bool:
@@ -52,45 +65,138 @@ def is_live() -> bool:
     return kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
 
 
-class _Chart:
-    """One output: an image that is replaced, or a widget that an image replaces at the end."""
+class _Page:
+    """Three outputs: the head, the chart's image, and what stands below it, the live widget first.
 
-    def __init__(self, run_dir: str | Path):
-        self.run_dir = run_dir
-        self.handle = self.widget = None
+    The widget hides the image (see `header.STYLE`). On a page that was closed during the run, whose
+    widget is lost, the image is seen again.
+    """
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.is_live = run_dir, is_live()
+        self.handles: dict[str, Any] = {}
+        self.latest: dict[str, dict[str, Any]] = {}  # the newest record of each kind
+        self.lines: deque[str] = deque(maxlen=KEPT)
+        self.widget = None
         self.has_failed = False
+        self.began = self.drawn = self.imaged = time.monotonic()
+        self.spent = 0.0
 
-    def draw(self, as_widget: bool):
-        """Draw the run's records; after an error, which is reported, do nothing."""
+    def add(self, record: Record):
+        """Take in the next record, and draw if it is time."""
+        is_first = not self.latest
+        if is_first:
+            self.latest = {r["kind"]: r | r["timing"] for r in read_records(self.run_dir)
+                           if isinstance(r.get("kind"), str) and isinstance(r.get("timing"), dict)}
+            self.total = read_mapping(self.run_dir / "config.json").get("total_steps")
+        self.latest[record.kind] = {**record.timing, **record.values, "step": record.step}
+        line, now = describe(record, self.total), time.monotonic()
+        self.lines.append(line)
+        if is_first or now - self.drawn >= INTERVAL:
+            self.try_to(self.draw, is_first)
+            self.drawn = time.monotonic()
+        if not self.is_live or self.has_failed:
+            print(line)
+
+    def end(self, state: str):
+        """Draw the last state, unless nothing was recorded."""
+        if not self.latest or not self.run_dir.is_dir():
+            return
+        steps, note = checkpoint_steps(self.run_dir), ""
+        if state == "stopped":
+            self.latest["checkpoint"] = {"step": max(steps, default=0)}  # none tells of this one
+            note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
+                    "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
+                    "saved; running the cells again starts anew.")
+        with suppress(Exception):  # where the chart has failed, the state is said all the same
+            self.put("head", header(self.run_dir, state, self.latest, self.total, note))
+        self.try_to(self.draw_end, bool(steps))
+
+    def try_to(self, draw: Any, *arguments: Any):
+        """Draw; after an error, which is reported, do nothing."""
         if self.has_failed:
             return
         try:
-            frame = frames.read_runs(self.run_dir)
-            if as_widget:
-                self.draw_widget(frame)
-            else:
-                self.draw_image(frame)
+            draw(*arguments)
         except Exception as error:  # of any kind: none may end training
             self.has_failed = True
             print(printable(f"⚠ The chart is left out, since it cannot be drawn "
                             f"({type(error).__name__}: {error}); training continues."))
 
-    def draw_image(self, frame: Any):
-        bundle = figures.chart_bundle(frame)
-        if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
-        else:
-            self.handle.update(bundle, raw=True)
+    def draw(self, is_first: bool):
+        """Draw the head and the log, and the chart unless the time for drawing is used up."""
+        note = ""
+        if self.is_live:
+            link, now = notebook_link("curves.ipynb", self.folder), time.strftime("%H:%M:%S")
+            note = (f"<small>Closed this page? {link} follows this run (this page shows it as of "
+                    f"{now}).</small>")
+        self.put("head", header(self.run_dir, "running", self.latest, self.total, note))
+        start = time.monotonic()
+        age = self.imaged - self.began
+        if is_first or (self.is_live and start - self.imaged >= min(STILL, 10 + age)):
+            self.draw_image()
+            self.imaged = start = time.monotonic()
+        if is_first or self.spent <= CREDIT + SHARE * (start - self.began):
+            if self.is_live:
+                self.draw_widget()
+            elif not is_first:
+                self.draw_image()
+            if not is_first:  # the first drawing is free: it pays for imports
+                self.spent += time.monotonic() - start
+        self.draw_texts()
+
+    def draw_image(self):
+        self.put("image", figures.chart_bundle(frames.read_runs(self.run_dir)))
+
+    def draw_widget(self):
+        """Show the curves as a widget, or move its lines."""
+        frame = frames.read_runs(self.run_dir)
+        if self.widget is None:
+            self.widget = figures.widget(figures.training_curves(frame))
+            self.texts = ipywidgets.HTML()
+            width = {"max_width": f"{render.WIDTH}px"}  # that of the image
+            box = ipywidgets.VBox([self.widget, self.texts], layout=width)
+            box.add_class("lmlib-live")
+            plain = f"The live chart of {printable(self.run_dir.name)}"
+            self.put("below", {**box._repr_mimebundle_(), "text/plain": plain})
+        figures.update(self.widget, frame)
+
+    def draw_texts(self):
+        """Show the end of the log, and the newest sample."""
+        if self.widget is None:
+            return
+        sample = self.latest.get("sample", {})
+        cards = [(f"Sample at step {sample['step']}", sample["prompts"][0], sample["texts"][0])
+                 ] if sample else []
+        self.texts.value = _log(list(self.lines)[-LINES:]) + token_html.cards(cards)
+
+    def draw_end(self, has_checkpoint: bool):
+        """Draw the rest of the page that stays, which needs no kernel."""
+        self.draw_image()
+        below = f"<p>{next_steps(self.run_dir, self.folder)}</p>" if has_checkpoint else ""
+        if self.is_live:
+            below += (f"<details><summary>Log: the last {len(self.lines)} lines</summary>"
+                      f"{_log(self.lines)}</details>")
+        self.put("below", {"text/html": below, "text/plain": ""})
         if self.widget is not None:
             self.widget.close()
 
-    def draw_widget(self, frame: Any):
-        """Show a status line, the curves, and the newest sample."""
-        if self.widget is None:
-            self.widget = figures.widget(figures.training_curves(frame))
-            self.status, self.text = ipywidgets.Label(), ipywidgets.HTML()
-            box = ipywidgets.VBox([self.status, self.widget, self.text])
-            self.handle = display(box, display_id=True)
-        self.status.value = " ".join(frames.headline(frame, run) for run in frame.attrs["runs"])
-        self.text.value = token_html.cards(frames.samples_at(frame)[:1])
-        figures.update(self.widget, frame)
+    @property
+    def folder(self) -> Path:
+        """The folder of the notebook: papermill writes it into the run's."""
+        return Path.cwd() if self.is_live else self.run_dir
+
+    def put(self, name: str, bundle: dict[str, Any]):
+        """Show an output, or replace it; without IPython there is nowhere to show it."""
+        if get_ipython() is None:
+            return
+        if name in self.handles:
+            self.handles[name].update(bundle, raw=True)
+        else:
+            self.handles[name] = display(bundle, raw=True, display_id=True)
+
+
+def _log(lines: Iterable[str]) -> str:
+    """Show lines of the log as HTML."""
+    text = html.escape(printable("\n".join(lines)))
+    return (f"<pre style='max-height: 20em; overflow: auto; font-size: 12px; line-height: 1.4'>"
+            f"{text}</pre>")

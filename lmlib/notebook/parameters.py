@@ -13,18 +13,20 @@ from lmlib.parameters import unknown_name
 def run_config(namespace: dict[str, Any]) -> RunConfig:
     """Return the configuration that a notebook's variables describe: `run_config(globals())`.
 
-    Strongest first: what papermill injected, what was edited in the parameters cell or a later one,
-    the file that `recipe` names, the defaults. The cell lists every parameter, so one that equals
-    its default counts as not edited.
+    Strongest first: what papermill injected, what the parameters cell or a later one assigns, the
+    file that `recipe` names, the defaults. In a cell None means "as the recipe says" and the text
+    "null" means None; an injected None is meant.
     """
     injected, cells = _parameters(namespace)
-    defaults, assigned = RunConfig().to_dict(), {}
+    known, assigned = {"recipe", *RunConfig().to_dict()}, {}
     for cell in cells:  # a name misspelled in a cell that was corrected since is forgotten
-        known = {name: assigned[name] for name in assigned if name in {"recipe", *defaults}}
-        assigned = known | cell
-    recipe = injected.pop("recipe", assigned.pop("recipe", None))
-    edited = dict(item for item in assigned.items() if item not in defaults.items())
-    return RunConfig.load(recipe, **edited | injected)
+        assigned = {name: assigned[name] for name in assigned if name in known} | cell
+    # An unknown name is a mistake, whatever its value.
+    given = {name: value for name, value in assigned.items()
+             if value is not None or name not in known} | injected
+    recipe = given.pop("recipe", None)
+    return RunConfig.load(recipe, **{name: None if value == "null" else value
+                                     for name, value in given.items()})
 
 
 def notebook_folder(namespace: dict[str, Any]) -> Path:

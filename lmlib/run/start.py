@@ -4,6 +4,8 @@ A finished run starts nowhere: training it again changes nothing.
 """
 
 import math
+import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,16 @@ from typing import Any
 import torch
 
 from lmlib import checkpoint, files, optim
-from lmlib.config import ABSENT, RunConfig
+from lmlib.config import ABSENT, RunConfig, unused_parameters
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity
 from lmlib.data.tokens import TokenStore
-from lmlib.errors import UserError
+from lmlib.errors import Stopped, UserError
 from lmlib.model import huggingface
 from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.device import pick_device, pick_dtype
+from lmlib.text import printable
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def find_start(config: RunConfig) -> Start:
     elif config.init_from:
         config, source, step = _start_from_parent(config)
     if step > config.total_steps:
-        raise UserError(f"{source} is at step {step}, beyond total_steps {config.total_steps}.")
+        raise UserError(
+            f"{source} is at step {step}, beyond total_steps {config.total_steps}. "
+            f"Set total_steps to {step}, to finish there, or to more.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
                  resumes=bool(steps) and not results,
                  tokenizer=str(source) if source else None,
@@ -159,12 +164,16 @@ def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
 
 
 def open_store(start: Start) -> TokenStore:
-    """Return the run's tokens, preparing them if no run before has."""
+    """Return the run's tokens, preparing them if no run before has; Ctrl-C raises `Stopped`."""
     config, tokenizer = start.config, start.tokenizer
     if start.results and (own := checkpoint.newest_good(config.run_dir)):
         tokenizer = str(own)
-    with files.os_errors_as_value_errors(config.run_dir):
-        return prepare(config, tokenizer=tokenizer)
+    try:
+        with files.os_errors_as_value_errors(config.run_dir):
+            return prepare(config, tokenizer=tokenizer)
+    except KeyboardInterrupt:
+        raise Stopped("Stopped while the text was being prepared, before the first step. Nothing "
+                      "was trained; the same command starts again.") from None
 
 
 def build_model(config: RunConfig, source: Path | None) -> LanguageModel:
@@ -191,7 +200,39 @@ def disk_needed(config: RunConfig, model: LanguageModel,
     return count * each + states * optim.state_bytes(optimizers)
 
 
-def greeting(start: Start) -> str:
+def greeting(start: Start, recipe: str | Path | None = None) -> str:
+    """Say what `train(config)` is about to do, and how it differs from its recipe and defaults."""
+    return "\n".join([_plan(start), *_differences(start.config, recipe)])
+
+
+def _differences(config: RunConfig, recipe: str | Path | None) -> list[str]:
+    """Name the parameters in use that differ from the recipe's, and from the defaults."""
+    values, defaults, lines = config.to_dict(), RunConfig().to_dict(), []
+    unused = unused_parameters(config.attention, config.feed_forward)
+    for name in {"run_name", "output_dir", *unused}:
+        del values[name]
+    theirs = values
+    if recipe:
+        with suppress(UserError):  # it may be valid only with what was added to it
+            theirs = RunConfig.load(recipe).to_dict()
+        changed = [f"{name}\xa0{_value(value)}\xa0(recipe:\xa0{_value(theirs[name])})"
+                   for name, value in values.items() if value != theirs[name]]
+        name = printable(files.display_path(files.resolve_path(recipe).absolute()))
+        lines.append(f"Recipe {name}, "
+                     + (f"changed: {', '.join(changed)}." if changed else "unchanged."))
+    unlike = [name for name in values if values[name] != defaults[name]]
+    if any(theirs[name] != defaults[name] for name in values):  # else the same list again
+        listed = ", ".join(f"{name}\xa0{_value(values[name])}" for name in unlike)
+        lines.append(f"Unlike the defaults: {listed or 'nothing'}.")
+    return [line.replace("\xa0", " ") for text in lines  # which has kept each item on one line
+            for line in textwrap.wrap(text, 100, subsequent_indent="  ")]
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else printable(str(value))
+
+
+def _plan(start: Start) -> str:
     """Say in one line what `train(config)` is about to do."""
     config, folder = start.config, files.display_path(start.config.run_dir)
     if start.results:

@@ -3,6 +3,7 @@
 Screenshots are written to build/screenshots. Skipped on a machine without Chromium.
 """
 
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,10 @@ from browser import (
     photographed,
     ran,
     run_all,
+    saved,
     settled,
 )
+from playwright import sync_api
 
 from lmlib.files import PROJECT_ROOT
 
@@ -38,6 +41,10 @@ def lab(trained, tmp_path_factory):
     run = {"output_dir": str(trained.output_dir)}
     jupyter.copy_notebook(
         "train", folder, recipe="params/smoke.yaml", run_name="browser", **run, **steps
+    )
+    endless = {**steps, "total_steps": 1_000_000, "checkpoint_every": 1_000_000}
+    jupyter.copy_notebook(
+        "train", folder, "stop", recipe="params/smoke.yaml", run_name="stop", **run, **endless
     )
     for name in ("curves", "generate"):
         jupyter.copy_notebook(name, folder, run_name="trained", **run)
@@ -70,15 +77,25 @@ def check_chart(page):
 def test_train_shows_a_live_chart_that_grows_and_stays(browser, lab):
     page = opened(browser, lab, "train")
     run_all(page)
-    page.wait_for_selector(".jp-OutputArea .js-plotly-plot", timeout=120_000)
+    live = page.locator(".lmlib-live .js-plotly-plot .main-svg").first
+    live.wait_for(timeout=120_000)
+    sync_api.expect(page.locator(".lmlib-head .state")).to_have_text("running")
+    assert "Closed this page? curves.ipynb follows this run" in page.inner_text(".lmlib-head")
+    size = live.bounding_box()
 
     longest = "Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.calcdata.map(d => d.length)))"
     first = page.evaluate(longest)
     page.wait_for_function(f"{longest} > {first}", timeout=60_000)
     page.screenshot(path=SCREENSHOTS / "train_live.png")
     all_ran(page, cell_count("train"))
+    image = page.locator("img.plot-img").bounding_box()
+    assert (image["width"], image["height"]) == (size["width"], size["height"])
+    sync_api.expect(page.locator(".lmlib-head .state")).to_have_text("finished")
+    assert "3,000 / 3,000" in page.inner_text(".lmlib-head")
+    assert "Next: curves.ipynb" in page.inner_text(".jp-Notebook")
     check_chart(page)
     assert page.evaluate(longest) == 150
+    page.get_by_text("Log: the last").click()
     text = page.inner_text(".jp-Notebook")
     assert (
         "Step 3000/3000: Loss=" in text and "validation loss" in text and "Once upon a time" in text
@@ -92,7 +109,34 @@ def test_train_shows_a_live_chart_that_grows_and_stays(browser, lab):
     again = browser.new_page(viewport=VIEWPORT)  # reopened without running: the chart is there
     again.goto(f"{lab}/lab/tree/train.ipynb?token=t&reset")
     check_chart(again)
+    sync_api.expect(again.locator(".lmlib-head .state")).to_have_text("finished")
     again.close()
+
+
+def test_a_stop_is_calm_and_a_page_closed_during_the_run_shows_its_chart(browser, lab):
+    page = opened(browser, lab, "stop")
+    run_all(page)
+    page.locator(".lmlib-live .js-plotly-plot .main-svg").first.wait_for(timeout=120_000)
+    saved(page)
+    again = browser.new_page(viewport=VIEWPORT)  # the kernel is busy, so the widget is lost
+    again.goto(f"{lab}/lab/tree/stop.ipynb?token=t&reset")
+    again.locator("img.plot-img").wait_for(timeout=60_000)
+    sync_api.expect(again.get_by_text("Loading widget...")).to_have_count(1)
+    sync_api.expect(again.get_by_text("Loading widget...")).to_be_hidden()
+    again.screenshot(path=SCREENSHOTS / "train_reopened.png")
+    again.close()
+
+    page.locator('.jp-NotebookPanel-toolbar [data-command="notebook:interrupt-kernel"]').click()
+    head = page.locator(".lmlib-head")
+    sync_api.expect(head.locator(".state")).to_have_text("stopped", timeout=60_000)
+    line = r"Stopped at step [\d,]+ of 1,000,000\. Saved\. Run the cells again to resume\."
+    assert re.search(line, head.inner_text())
+    all_ran(page, cell_count("train"))  # no cell shows an error: they run on what is saved
+    page.locator("img.plot-img").wait_for()
+    text = page.inner_text(".jp-Notebook")
+    assert "Traceback" not in text and "Once upon a time" in text
+    page.screenshot(path=SCREENSHOTS / "train_stopped.png")
+    page.close()
 
 
 @pytest.mark.parametrize(
