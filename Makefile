@@ -1,5 +1,5 @@
-# make train | test | lab | app | bench. The first sets up .venv with what training needs; `make test`
-# adds the tests' packages. After that setting up is instant.
+# make train | test | lab | app | bench. The first sets up .venv with what training needs; `make
+# test` adds the tests' packages. After that setting up is instant.
 PYTHON ?= python3
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
@@ -24,9 +24,12 @@ lint: $(VENV)/ready-dev
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab notebooks
 
-# The playground alone, for this machine's user: the address holds a token.
+# The playground alone, for this machine's user: the address holds a token. notebooks/voila holds
+# the page's template. Notebook's extension, which fails in Voila, is left out.
 app: $(VENV)/ready
-	$(VENV)/bin/voila notebooks/app.ipynb --Voila.ip=127.0.0.1 --token $(ARGS)
+	JUPYTER_PATH=notebooks $(RUN) -m voila notebooks/app.ipynb --Voila.ip=127.0.0.1 --token \
+		--template=playground \
+		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension $(ARGS)
 
 bench: $(VENV)/ready-dev
 	$(RUN) benchmarks/train.py

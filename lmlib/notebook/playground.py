@@ -61,8 +61,12 @@ def playground(run_dir: str | Path | None = None, prompt: str = "",
 
 
 def newest_run(output_dir: str | Path) -> Path:
-    """Return the newest run under a folder that has a checkpoint; UserError: there is none."""
-    for _, folder in run_menu(output_dir).options:
+    """Return the newest run in a folder, else of a sweep in it, that has a checkpoint.
+
+    UserError: there is none.
+    """
+    runs = [folder for _, folder in run_menu(output_dir).options]
+    for folder in sorted(runs, key=lambda run: run.parent != resolve_path(output_dir).absolute()):
         if checkpoint.checkpoint_steps(folder):
             return folder
     raise UserError(f"No run under {output_dir} has a checkpoint yet. `make train` trains one.")
@@ -106,6 +110,7 @@ class Playground:
         self.prompt = w.Textarea(prompt, placeholder="Type a prompt. Ctrl+Enter generates.", rows=4,
                                  layout=FULL)
         self.menu = run_menu(output_dir or run_dir.parent, run_dir, width="auto")
+        self.menu.style.description_width = "initial"
         self.step = w.SelectionSlider(options=[0], description="checkpoint", layout=FULL,
                                       continuous_update=False, style=LABELED)
         self.fields = setting_widgets(settings)
@@ -124,7 +129,8 @@ class Playground:
         self._show_run()
         self.menu.observe(lambda change: self.sampler.start(self.open), "value")
         # Where a page is narrow, the controls stand above the text: wrap-reverse, whose end is up.
-        around = {"flex_flow": "row wrap-reverse", "align_items": "flex-end", "max_width": "1300px"}
+        around = {"flex_flow": "row wrap-reverse", "align_items": "flex-end", "max_width": "1300px",
+                  "grid_gap": "0 16px"}
         self.box = w.HBox([self._text_column(), self._control_column()], layout=around)
         self.box.add_class(BOX)
         threading.Thread(target=self._follow_checkpoints, daemon=True).start()
