@@ -156,9 +156,11 @@ class Playground:
     def _control_column(self) -> w.Widget:
         """Return the run, the checkpoint and the settings; those used rarely behind a button."""
         rare = [field for name, field in self.fields.items() if name not in OFTEN]
-        more = w.ToggleButton(False, description="More", icon="caret-down", layout=SMALL)
+        more = w.ToggleButton(False, description="More", tooltip="settings used rarely",
+                              layout=SMALL)
 
         def fold(_=None):
+            more.description = "Less" if more.value else "More"
             for field in rare:
                 field.layout.display = None if more.value else "none"
 

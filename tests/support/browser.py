@@ -42,13 +42,16 @@ PAINTED = "() => new Promise(done => requestAnimationFrame(() => requestAnimatio
 
 
 @contextmanager
-def jupyterlab(folder: Path) -> Iterator[str]:
-    """Serve `folder` with JupyterLab, without the user's settings; yields its address."""
+def jupyterlab(folder: Path, app: str = "lab") -> Iterator[str]:
+    """Serve `folder` with JupyterLab, or with Notebook if `app` is "notebook"; yields its address.
+
+    The user's settings are left out.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", "jupyter", app, "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=t"]
     command += [f"--ServerApp.root_dir={folder}"]
     config, workspaces = folder / ".config", folder / ".workspaces"
