@@ -47,9 +47,7 @@ def jupyterlab(folder: Path, app: str = "lab") -> Iterator[str]:
 
     The user's settings are left out.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "jupyter", app, "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=t"]
@@ -74,6 +72,12 @@ def jupyterlab(folder: Path, app: str = "lab") -> Iterator[str]:
         server.terminate()
         server.wait(20)
         print(log.read_text("utf-8", "replace"))  # shown where a test fails
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for_server(url: str, seconds: float = 60):
