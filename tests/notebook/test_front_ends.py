@@ -89,13 +89,14 @@ def check_layout(page, width: int):
         assert page.get_by_role("button", name="More").bounding_box()["y"] < 900
 
 
-def open_and_run(page, address: str, app: str):
-    """Run all cells of generate.ipynb in JupyterLab or Notebook."""
-    if app == "notebook":
-        page.goto(f"{address}/notebooks/generate.ipynb?token=t")
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=90_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+def opened(chromium, address: str, app: str):
+    """Open generate.ipynb in JupyterLab or Notebook."""
+    if app == "lab":
+        return jupyter.opened(chromium, address, "generate")
+    page = chromium.new_page(viewport=jupyter.VIEWPORT)
+    page.goto(f"{address}/notebooks/generate.ipynb?token=t")
+    assert jupyter.kernel_is_ready(page, 90)
+    return page
 
 
 @pytest.mark.parametrize("app", ["lab", "notebook"])
@@ -116,10 +117,10 @@ class TestJupyter:
         with jupyter.jupyterlab(tmp_path, app) as address:
             settings = tmp_path / ".config/lab/user-settings/@jupyterlab/notebook-extension"
             shutil.rmtree(settings)  # cells as people have them: each clips what leaves it
-            page = jupyter.opened(chromium, address, "generate") if app == "lab" else None
-            page = page or chromium.new_page(viewport=jupyter.VIEWPORT)
-            errors = heard(page)
-            open_and_run(page, address, app)
+            page = opened(chromium, address, app)
+            errors = heard(page)  # Notebook 7.6 has one of its own while it starts
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_text("Run All Cells", exact=True).click()
             page.locator(TOKEN).first.wait_for(timeout=90_000)  # while the last cell still runs
             page.get_by_role("button", name="Generate", exact=True).click()
             page.get_by_text(WAITS).wait_for()

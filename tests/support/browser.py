@@ -126,7 +126,7 @@ def opened(browser: Any, address: str, name: str) -> Any:
     for _ in range(3):
         page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
         page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-        if _kernel_is_ready(page):
+        if kernel_is_ready(page):
             break
     else:
         raise sync_api.TimeoutError(f"{name}.ipynb has no idle kernel after three tries")
@@ -136,7 +136,7 @@ def opened(browser: Any, address: str, name: str) -> Any:
     return page
 
 
-def _kernel_is_ready(page: Any, seconds: float = 40) -> bool:
+def kernel_is_ready(page: Any, seconds: float = 40) -> bool:
     """Wait until the kernel is idle and stays so for two seconds without a dialog.
 
     Time is part of this state: JupyterLab may ask for a kernel again after it was answered.
