@@ -62,7 +62,7 @@ def browser():
 @pytest.fixture
 def other_run(trained):
     """A run beside the trained one, with the checkpoints of steps 5 and 10."""
-    other = shutil.copytree(trained.run_dir, trained.output_dir / "other")
+    other = shutil.copytree(trained.run_dir, trained.run_dir.parent / "other")
     for step in (15, 20):
         shutil.rmtree(other / "checkpoints" / f"checkpoint_step_{step}")
     yield other
