@@ -119,7 +119,7 @@ class Playground:
         self.output, self.side_by_side, self.table, self.difference = (w.HTML() for _ in HINTS)
         self.temperatures = w.Text("0, 0.5, 0.8, 1.2", description="temperatures", style=LABELED)
         self.chosen = w.SelectMultiple(description="checkpoints", rows=5, style=LABELED)
-        self.before, self.after = (w.Dropdown(description=name, layout={"width": "14em"},
+        self.before, self.after = (w.Dropdown(description=name, layout={"width": "11em"},
                                               style={"description_width": "3em"})
                                    for name in ("from", "to"))
         self.main = button("Generate", self._press, button_style="primary",
@@ -143,8 +143,8 @@ class Playground:
         tabs = [[self.output],
                 [w.HBox([add, job("Generate all", self.generate_columns), clear], layout=WRAP),
                  self.side_by_side],
-                [self.temperatures, self.chosen, job("Fill the grid", self.generate_grid),
-                 self.table],
+                [self.temperatures, self.chosen,
+                 w.HBox([job("Fill the grid", self.generate_grid)]), self.table],
                 [w.HBox([self.before, self.after, job("Compare", self.compare)], layout=WRAP),
                  self.difference]]
         buttons = [self.main, job("Continue", self.continue_text),
