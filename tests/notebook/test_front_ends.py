@@ -223,3 +223,9 @@ def test_a_client_that_sends_cell_ids_gets_widgets_and_a_line_for_later(trained)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+def test_the_playground_is_the_last_cell():
+    """Run All ends with it: a cell below would keep the kernel from answering its buttons."""
+    book = nbformat.read(PROJECT_ROOT / "notebooks" / "generate.ipynb", 4)
+    assert [cell.source.startswith("playground(") for cell in book.cells[-2:]] == [False, True]
