@@ -1,5 +1,5 @@
-# make train | test | lab | bench. The first sets up .venv with what training needs; `make test`
-# adds the tests' packages. After that setting up is instant.
+# make train | test | lab | app | bench. The first sets up .venv with what training needs; `make
+# test` adds the tests' packages. After that setting up is instant.
 PYTHON ?= python3
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-slow lab bench survival lint notebooks clean
+.PHONY: train test test-slow lab app bench survival lint notebooks clean
 
 train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
@@ -23,6 +23,13 @@ lint: $(VENV)/ready-dev
 
 lab: $(VENV)/ready
 	$(VENV)/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/index.ipynb
+
+# The playground alone, for this machine's user: the address holds a token. notebooks/voila holds
+# the page's template. Notebook's extension, which fails in Voila, is left out.
+app: $(VENV)/ready
+	JUPYTER_PATH=notebooks $(RUN) -m voila notebooks/app.ipynb --Voila.ip=127.0.0.1 --token \
+		--template=playground \
+		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension $(ARGS)
 
 bench: $(VENV)/ready-dev
 	$(RUN) benchmarks/train.py

@@ -16,7 +16,7 @@ import torch
 from fingerprint import fingerprint
 
 import lmlib
-from lmlib import checkpoint, training
+from lmlib import checkpoint, optim, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
 from lmlib.run.lock import hold_lock
@@ -160,7 +160,12 @@ def test_raising_total_steps_extends_a_finished_run(smoke):
     config = smoke(total_steps=5)
     list(lmlib.train(config))
     longer = replace(config, total_steps=10)
-    assert "schedule, which ended at step 5, is stretched to it" in greeting(find_start(longer))
+    said = greeting(find_start(longer))
+    assert "schedule, which ended at step 5, is stretched to it" in said
+    peak = longer.learning_rate
+    jump = [optim.schedule(step, total, longer.warmup_ratio) for step, total in ((5, 5), (6, 10))]
+    rates = [f"{peak * factor:.2g}" for factor in jump]
+    assert f"With its next step the rate jumps from {rates[0]} to {rates[1]}." in said
     records = list(lmlib.train(longer))
     assert (records[0].kind, records[0].step) == ("step", 6)
     lines = [

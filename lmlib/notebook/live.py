@@ -1,6 +1,7 @@
 """The page of a training run: its state and numbers, its chart, and the end of its log."""
 
 import html
+import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -59,10 +60,12 @@ def watch(records: Iterator[Record], run_dir: str | Path) -> Iterator[Record]:
 def is_live() -> bool:
     """Check whether a browser runs this cell, so that widgets can be seen and moved.
 
-    JupyterLab sends a cell's id with its code; papermill and nbval do not.
+    JupyterLab, Notebook and VS Code send a cell's id with its code, and Voila names its kernel;
+    papermill and nbval do neither.
     """
     kernel = getattr(get_ipython(), "kernel", None)
-    return kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
+    return kernel is not None and ("VOILA_KERNEL_ID" in os.environ
+                                   or "cellId" in kernel.get_parent().get("metadata", {}))
 
 
 class _Page:

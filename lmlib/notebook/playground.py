@@ -15,24 +15,61 @@ from lmlib import checkpoint
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation.settings import Settings
-from lmlib.generation.text import HALF, Continuation, describe_continuation, encode, generate_ids
+from lmlib.generation.text import HALF, Continuation, encode
 from lmlib.leaks import LEAKY_NAME, known_leaks
 from lmlib.notebook import token_html
+from lmlib.notebook.keys import BOX, MAIN, Keys
 from lmlib.notebook.live import is_live
+from lmlib.notebook.picker import run_menu
+from lmlib.notebook.sampler import Sampler
 from lmlib.text import printable
 
-UPDATE_INTERVAL = 0.05  # least seconds between two updates of a text: a browser queues faster ones
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # the slider's value for a setting of None
-WIDE, LABELED, WRAP = {"width": "97%"}, {"description_width": "9em"}, {"flex_flow": "row wrap"}
+FULL, LABELED = {"width": "auto"}, {"description_width": "9em"}
+WRAP, SMALL = {"flex_flow": "row wrap", "align_items": "center"}, {"width": "auto"}
+LEFT = {"flex": "5 1 330px", "min_width": "0"}
+RIGHT = {"flex": "2 1 310px", "align_content": "flex-start",
+         "grid_template_columns": "repeat(auto-fit, minmax(300px, 1fr))"}
+OFTEN = ["temperature", "max_new_tokens", "top_k", "top_p", "seed"]
+HINTS = {"Tokens": "Press Generate: a continuation of the prompt appears here.",
+         "Side by side": "Compare settings: add the checkpoint and the settings at the right as a "
+                         "column, change them, add them again, and generate all.",
+         "Grid": "Compare temperatures and checkpoints: choose several (with Ctrl), and fill the "
+                 "grid with a text for each pair.",
+         "Difference": "Compare two checkpoints on the text under Tokens: blue where the second "
+                       "finds a token likelier, orange where less likely."}
+LEGEND = ("The deeper the orange, the less likely the token was. Hover over a token, or reach it "
+          "with the Tab key, to see the model's other choices.")
 Cell = tuple[int, Settings]  # what generates one text: the step of a checkpoint, and settings
 
 
-def playground(run_dir: str | Path, prompt: str = "", **settings: Any):
-    """Display the playground of a run, in JupyterLab; the settings are fields of `Settings`."""
-    if is_live():
-        display(Playground(resolve_path(run_dir), prompt, Settings(**settings)).box)
-    else:
+def playground(run_dir: str | Path | None = None, prompt: str = "",
+               output_dir: str | Path = "outputs", **settings: Any):
+    """Display the playground and generate a first text; the settings are fields of `Settings`.
+
+    Its menu offers the runs under `output_dir`; without `run_dir` it opens the newest that has a
+    checkpoint. Where no browser shows widgets, a line says what to do.
+    """
+    if not is_live():
         print("The playground needs a browser: open this notebook in JupyterLab and run this cell.")
+        return
+    run_dir = resolve_path(run_dir) if run_dir else newest_run(output_dir)
+    play = Playground(run_dir, prompt, Settings(**settings), output_dir)
+    fallback = {"text/plain": "The playground: run this cell to open it."}  # without the kernel
+    display(play.box._repr_mimebundle_() | fallback, raw=True)
+    play.sampler.start(play.open)
+
+
+def newest_run(output_dir: str | Path) -> Path:
+    """Return the newest run in a folder, else of a sweep in it, that has a checkpoint.
+
+    UserError: there is none.
+    """
+    runs = [folder for _, folder in run_menu(output_dir).options]
+    for folder in sorted(runs, key=lambda run: run.parent != resolve_path(output_dir).absolute()):
+        if checkpoint.checkpoint_steps(folder):
+            return folder
+    raise UserError(f"No run under {output_dir} has a checkpoint yet. `make train` trains one.")
 
 
 def setting_widgets(settings: Settings) -> dict[str, w.DOMWidget]:
@@ -40,7 +77,7 @@ def setting_widgets(settings: Settings) -> dict[str, w.DOMWidget]:
     found = {}
     for f in fields(Settings):
         value, label = getattr(settings, f.name), f.metadata.get("label", "context full")
-        options = {"description": label, "layout": {"width": "47%"}, "style": LABELED}
+        options = {"description": label, "layout": FULL, "style": LABELED}
         if f.metadata.get("slider"):
             low, high, step = f.metadata["slider"]
             kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
@@ -61,104 +98,103 @@ def button(name: str, on_click: Callable[..., None], *arguments: Any, **options:
     return made
 
 
-class Sampler:
-    """Samples from a run's checkpoints in a thread, so that the kernel can receive a click on Stop.
-
-    `report(line, is_error=False)` shows a status line, `show_busy(is_busy)` whether a job runs.
-    """
-
-    def __init__(self, run_dir: Path, report: Callable[..., None], show_busy: Callable[..., None]):
-        self.run_dir, self.report, self.show_busy = run_dir, report, show_busy
-        self.stop, self.thread = threading.Event(), None
-        self.models: dict[Path, tuple[Any, Any]] = {}  # checkpoint -> model and tokenizer
-
-    def start(self, job: Callable[[], None]):
-        """Run a job in the thread, unless one is running."""
-        if self.thread is None or not self.thread.is_alive():
-            self.stop.clear()
-            self.report("…")
-            self.show_busy(True)
-            self.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
-            self.thread.start()
-
-    def _run(self, job: Callable[[], None]):
-        try:
-            job()
-        except Exception as error:  # a failed job must not end the session
-            name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            self.report(f"{name}{error}", is_error=True)
-        finally:
-            self.show_busy(False)
-
-    def load(self, step: int | None) -> tuple[Any, Any]:
-        """Return a checkpoint's model and tokenizer, from memory if they are there."""
-        folder = checkpoint.find_checkpoint(self.run_dir, step)
-        if folder not in self.models:
-            if len(self.models) >= 3:  # enough to compare checkpoints without loading them again
-                del self.models[next(iter(self.models))]
-            self.models[folder] = checkpoint.load(folder)
-        return self.models[folder]
-
-    def stream(self, model: Any, tokenizer: Any, prompt: str, settings: Settings,
-               label: str = "", ids: list[int] | None = None) -> Iterator[Continuation]:
-        """Yield a continuation as it grows; `ids` are those of the prompt where they are known."""
-        window = model.config.sequence_length
-        ids = encode(model, tokenizer, prompt) if ids is None else ids[-window:]
-        start, shown = time.monotonic(), 0.0
-        for [text] in generate_ids(model, tokenizer, [ids], settings):
-            is_last, now = text.ended_by or self.stop.is_set(), time.monotonic()
-            if is_last or now - shown >= UPDATE_INTERVAL:
-                self.report(label + describe_continuation(text, window, now - start))
-                yield text
-                shown = time.monotonic()
-            if is_last:
-                return
-
-
 class Playground:
     """The widgets, and what their buttons do."""
 
-    def __init__(self, run_dir: Path, prompt: str, settings: Settings):
+    def __init__(self, run_dir: Path, prompt: str, settings: Settings,
+                 output_dir: str | Path | None = None):
         self.run_dir, self.given = run_dir, settings
         self.columns: list[Cell] = []
         self.last: tuple[str, Continuation] | None = None  # prompt and continuation on display
         self.sampler = Sampler(run_dir, self._report, self._show_busy)
-        self.prompt = w.Textarea(prompt, placeholder="Type a prompt",
-                                 layout=WIDE | {"height": "5em"})
-        self.step = w.SelectionSlider(options=[0], description="checkpoint", layout=WIDE,
+        self.prompt = w.Textarea(prompt, placeholder="Type a prompt. Ctrl+Enter generates.", rows=4,
+                                 layout=FULL)
+        self.menu = run_menu(output_dir or run_dir.parent, run_dir, width="auto")
+        self.menu.style.description_width = "initial"
+        self.step = w.SelectionSlider(options=[0], description="checkpoint", layout=FULL,
                                       continuous_update=False, style=LABELED)
         self.fields = setting_widgets(settings)
-        self.status, self.output, self.side_by_side, self.table, self.difference = (
-            w.HTML(layout=WIDE) for _ in range(5))
+        self.keys = Keys(self._enter)
+        self.status = w.HTML()
+        self.output, self.side_by_side, self.table, self.difference = (w.HTML() for _ in HINTS)
         self.temperatures = w.Text("0, 0.5, 0.8, 1.2", description="temperatures", style=LABELED)
         self.chosen = w.SelectMultiple(description="checkpoints", rows=5, style=LABELED)
-        self.before, self.after = (w.Dropdown(description=name) for name in ("from", "to"))
-        self._show_checkpoints(checkpoint.checkpoint_steps(run_dir))
-        self.before.index, self.chosen.value = 0, self.chosen.options[-2:]
-        start = self.sampler.start
-        self.buttons = {made.description: made for made in [
-            button("Generate", start, self.generate, button_style="primary"),
-            button("Continue", start, self.continue_text),
-            button("Another seed", start, self.another_seed),
-            button("Stop", self.sampler.stop.set, button_style="danger", disabled=True)]}
-        add = button("Add these settings", self._add_column,
-                     tooltip="add a column with the checkpoint and settings above")
-        generate_all = button("Generate all", start, self.generate_columns)
-        clear = button("Clear", self._set_columns, [])
-        fill_grid = button("Fill the grid", start, self.generate_grid)
-        compare = button("Compare", start, self.compare)
-        tabs = {"Tokens": [self.output],
-                "Side by side": [w.HBox([add, generate_all, clear]), self.side_by_side],
-                "Grid": [self.temperatures, self.chosen, fill_grid, self.table],
-                "Difference": [w.HBox([self.before, self.after, compare]), self.difference]}
-        often = ["temperature", "max_new_tokens", "top_k", "top_p", "seed"]
-        rows = w.HBox([self.fields[name] for name in often], layout=WRAP)
-        more = w.HBox([self.fields[name] for name in self.fields if name not in often], layout=WRAP)
-        shown = [self.prompt, self.step, rows, w.Accordion([more], titles=["More"]),
-                 w.HBox(list(self.buttons.values())), self.status,
-                 w.Tab(list(map(w.VBox, tabs.values())), titles=list(tabs))]
-        self.box = w.VBox(shown, layout={"max_width": "900px"})
+        self.before, self.after = (w.Dropdown(description=name, layout={"width": "11em"},
+                                              style={"description_width": "3em"})
+                                   for name in ("from", "to"))
+        self.main = button("Generate", self._press, button_style="primary",
+                           tooltip="Ctrl+Enter in the prompt generates too",
+                           layout={"width": "11em"})
+        self.main.add_class(MAIN)
+        self._show_run()
+        self.menu.observe(lambda change: self.sampler.start(self.open), "value")
+        # Where a page is narrow, the controls stand above the text: wrap-reverse, whose end is up.
+        around = {"flex_flow": "row wrap-reverse", "align_items": "flex-end", "max_width": "1300px",
+                  "grid_gap": "0 16px"}
+        self.box = w.HBox([self._text_column(), self._control_column()], layout=around)
+        self.box.add_class(BOX)
         threading.Thread(target=self._follow_checkpoints, daemon=True).start()
+
+    def _text_column(self) -> w.Widget:
+        """Return the prompt, the buttons below it, the status line and the texts in tabs."""
+        job = lambda name, run: button(name, self.sampler.start, run, layout=SMALL)  # noqa: E731
+        add = button("Add these settings", self._add_column, layout=SMALL)
+        clear = button("Clear", self._set_columns, [], layout=SMALL)
+        tabs = [[self.output],
+                [w.HBox([add, job("Generate all", self.generate_columns), clear], layout=WRAP),
+                 self.side_by_side],
+                [self.temperatures, self.chosen,
+                 w.HBox([job("Fill the grid", self.generate_grid)]), self.table],
+                [w.HBox([self.before, self.after, job("Compare", self.compare)], layout=WRAP),
+                 self.difference]]
+        buttons = [self.main, job("Continue", self.continue_text),
+                   job("Another seed", self.another_seed), self.keys]
+        shown = w.Tab([w.VBox(tab, layout={"min_height": "14em"}) for tab in tabs],
+                      titles=list(HINTS))
+        return w.VBox([self.prompt, w.HBox(buttons, layout=WRAP), self.status, shown], layout=LEFT)
+
+    def _control_column(self) -> w.Widget:
+        """Return the run, the checkpoint and the settings; those used rarely behind a button."""
+        rare = [field for name, field in self.fields.items() if name not in OFTEN]
+        more = w.ToggleButton(False, description="More", tooltip="settings used rarely",
+                              layout=SMALL)
+
+        def fold(_=None):
+            more.description = "Less" if more.value else "More"
+            for field in rare:
+                field.layout.display = None if more.value else "none"
+
+        more.observe(fold, "value")
+        fold()
+        often = [self.fields[name] for name in OFTEN]
+        return w.GridBox([self.menu, self.step, *often, more, *rare], layout=RIGHT)
+
+    def open(self):
+        """Show the run that the menu names, and a first text of it."""
+        if self.menu.value and self.menu.value != self.run_dir:
+            self.run_dir = self.sampler.run_dir = self.menu.value
+            self.last, self.columns = None, []
+            self._show_run()
+        if self.chosen.options:
+            self.generate()
+
+    def _show_run(self):
+        """Show a run's checkpoints, and in each tab what can be done there."""
+        self._show_checkpoints(checkpoint.checkpoint_steps(self.run_dir))
+        self.step.index, self.before.index = len(self.step.options) - 1, 0
+        self.after.index, self.chosen.value = len(self.after.options) - 1, self.chosen.options[-2:]
+        self.keys.text = ""
+        shown = (self.output, self.side_by_side, self.table, self.difference)
+        for place, hint in zip(shown, HINTS.values(), strict=True):
+            place.value = token_html.note(hint)
+
+    def _press(self):
+        self.sampler.start(None if self.sampler.is_running else self.generate)
+
+    def _enter(self, prompt: str):
+        """Generate from what the prompt's text area shows, of which Python may not know yet."""
+        self.prompt.value = prompt
+        self.sampler.start(self.generate)
 
     def generate(self):
         """Continue the prompt."""
@@ -234,14 +270,17 @@ class Playground:
         for text in self.sampler.stream(model, tokenizer, prompt, self.settings(), ids=ids):
             self.output.value = token_html.plain(prompt, text.text)
         self.last = prompt, text
+        self.keys.text = printable(prompt + text.text)
         unscored, tokens = token_html.score_tokens(model, tokenizer, text)
-        self.output.value = token_html.shade(prompt + unscored, tokens)
+        shaded = token_html.shade(prompt + unscored, tokens)
+        self.output.value = shaded + token_html.note(LEGEND)
 
     def _generate_cells(self, prompt: str, cells: list[Cell]) -> Iterator[list[str]]:
         """Continue a prompt with several checkpoints and settings; yield all texts so far."""
         texts = [""] * len(cells)
         for number, (step, settings) in enumerate(cells):
             if self.sampler.stop.is_set():
+                self._report(f"Stopped: {number} of {len(cells)} texts.")
                 return
             model, tokenizer = self.sampler.load(step)
             for text in self.sampler.stream(model, tokenizer, prompt, settings, f"step {step}: "):
@@ -254,8 +293,8 @@ class Playground:
         self.status.value = f"<span role='status' style='{style}'>{shown}</span>"
 
     def _show_busy(self, is_busy: bool):
-        for name, shown in self.buttons.items():
-            shown.disabled = is_busy != (name == "Stop")
+        self.main.description = "Stop" if is_busy else "Generate"
+        self.main.button_style = "danger" if is_busy else "primary"
 
     def _show_columns(self, columns: list[Cell], prompt: str, texts: list[str]):
         self.side_by_side.value = token_html.cards([

@@ -26,10 +26,25 @@ STYLE = """<style>
 .lmlib-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; line-height: 1.7;
   font-family: var(--jp-code-font-family, monospace); padding: .5em 0 }
 .lmlib-text .given { opacity: .6 }
-.lmlib-text .token { position: relative; border-radius: 3px }
+.lmlib-text .token { border-radius: 3px; position: relative }
 .lmlib-text .token:is(:hover, :focus)::after { content: attr(data-tip); white-space: pre;
-  position: absolute; left: 0; top: 1.7em; z-index: 9; background: #222; color: #fff;
-  padding: .5em .8em; border-radius: 5px; font-size: 12px; line-height: 1.45; pointer-events: none }
+  position: absolute; left: 0; top: 1.7em; z-index: 9; width: max-content; background: #222;
+  color: #fff; border: 1px solid #999; box-shadow: 0 2px 8px rgba(0, 0, 0, .4); padding: .5em .8em;
+  border-radius: 5px; font-size: 12px; line-height: 1.45; pointer-events: none }
+.lmlib-text:has(.token:hover) .token:focus:not(:hover)::after { content: none }
+/* What surrounds a text would cut off the details: tabs, outputs, and JupyterLab's cells. */
+:is(.widget-tab-contents, .jp-OutputArea, .jp-OutputArea *):has(.token:is(:hover, :focus)) {
+  overflow: visible }
+.jp-Cell:has(.token:is(:hover, :focus)) {
+  content-visibility: visible !important; contain: none !important; overflow: visible }
+/* Where the browser can: below the token, or above it near the window's end. */
+@supports (anchor-scope: all) {
+  .lmlib-text .token { position: static; anchor-scope: --lmlib-token }
+  .lmlib-text .token:is(:hover, :focus) { anchor-name: --lmlib-token }
+  .lmlib-text .token:is(:hover, :focus)::after { position: fixed; inset: auto; margin: 2px 0;
+    position-anchor: --lmlib-token; position-area: bottom span-right;
+    position-try-fallbacks: flip-block, flip-inline, flip-block flip-inline }
+}
 </style>"""
 
 
@@ -101,6 +116,11 @@ def shade_difference(prompt: str, before: list[Token], after: list[Token],
 def plain(prompt: str, continuation: str) -> str:
     """Show a prompt and its continuation so far."""
     return _text(prompt, [_escape(continuation)])
+
+
+def note(line: str) -> str:
+    """Show a line that explains what stands above it, or what to do."""
+    return f"<p style='opacity: .7; line-height: 1.5; margin: .5em 0'>{_escape(line)}</p>"
 
 
 def cards(columns: list[tuple[str, str, str]]) -> str:

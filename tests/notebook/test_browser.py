@@ -66,6 +66,16 @@ def browser():
         yield chromium
 
 
+@pytest.fixture
+def other_run(trained):
+    """A run beside the trained one, with the checkpoints of steps 5 and 10."""
+    other = shutil.copytree(trained.run_dir, trained.run_dir.parent / "other")
+    for step in (15, 20):
+        shutil.rmtree(other / "checkpoints" / f"checkpoint_step_{step}")
+    yield other
+    shutil.rmtree(other)
+
+
 def check_chart(page):
     """Check the one saved chart: an image that becomes interactive when the mouse hovers over it."""
     page.wait_for_selector("img.plot-img", timeout=60_000)
@@ -157,9 +167,10 @@ def test_the_other_notebooks_show_their_results(browser, lab, name, words):
     page.close()
 
 
-def test_the_playground_generates_stops_continues_and_compares(browser, lab):
+def test_the_playground_generates_stops_continues_and_compares(browser, lab, other_run):
     """Sliders by keyboard and mouse, every button, and errors in the status line."""
     page = ran(browser, lab, "generate")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     status, text = page.locator("[role=status]"), page.locator(".lmlib-text").first
     button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
 
@@ -175,12 +186,19 @@ def test_the_playground_generates_stops_continues_and_compares(browser, lab):
             const line = document.querySelector('[role=status]:not([data-old])')
             const buttons = [...document.querySelectorAll('button')]
             const generate = buttons.find(button => button.textContent === 'Generate')
-            return line && line.textContent !== '…' && !generate.disabled }"""
+            return line && line.textContent !== '…' && generate }"""
         )
 
-    press("Generate")
+    button("Generate").wait_for()  # a first text is there without a click
+    page.locator(".lmlib-text .token").first.wait_for()
     assert "100 tokens" in status.inner_text() and text.inner_text().startswith("**HAMLET**")
     first = text.inner_text()
+    press("Generate")
+    assert text.inner_text() == first
+    button("Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == first.replace("↵\n", "\n").removesuffix("↵") and len(copied) > 100
     # Only tokens with half of the context window of 64 before them are scored.
     assert page.locator(".lmlib-text .token").count() == 32
     page.locator(".lmlib-text .token").nth(3).hover()
@@ -230,14 +248,14 @@ def test_the_playground_generates_stops_continues_and_compares(browser, lab):
             """async () => { const button = name => [...document.querySelectorAll('button')].find(b => b.textContent === name)
             const until = async holds => { while (!holds()) await new Promise(done => setTimeout(done, 5)) }
             button('Generate').click()
-            await until(() => !button('Stop').disabled)
+            await until(() => button('Stop'))
             button('Stop').click()
-            await until(() => button('Stop').disabled) }"""
+            await until(() => button('Generate')) }"""
         )
         if "500 tokens" not in status.inner_text():
             break
     line = status.inner_text()
-    assert "tokens" in line and "500 tokens" not in line and "reached" not in line
+    assert "; stopped" in line and "500 tokens" not in line and "reached" not in line
     slider("length").locator(".noUi-handle").focus()
     page.keyboard.press("Home")
     settled(page)
@@ -249,10 +267,17 @@ def test_the_playground_generates_stops_continues_and_compares(browser, lab):
     assert "shorten the prompt" in status.inner_text()
     area.fill("<img src=x onerror=alert(1)>")
     settled(page)
-    press("Generate")
-    assert "<img src=x" in text.inner_text()
+    executions = page.locator(".jp-CodeCell .jp-InputArea-prompt").all_inner_texts()
+    area.press("Control+Enter")
+    text.get_by_text("<img src=x").first.wait_for()
+    button("Generate").wait_for()
+    assert page.locator(".jp-CodeCell .jp-InputArea-prompt").all_inner_texts() == executions
 
+    assert page.get_by_text("min-p", exact=True).is_hidden()
+    button("More").click()
+    page.get_by_text("min-p", exact=True).wait_for()
     page.get_by_role("tab", name="Side by side").click()
+    page.get_by_text("Compare settings: add the checkpoint").wait_for()
     button("Add these settings").click()
     button("Add these settings").click()
     press("Generate all")
@@ -266,6 +291,12 @@ def test_the_playground_generates_stops_continues_and_compares(browser, lab):
     press("Compare")
     assert "likelier" in status.inner_text()
     page.screenshot(path=SCREENSHOTS / "playground_difference.png")
+    page.get_by_role("tab", name="Tokens").click()
+    area.fill("My lord")
+    menu = page.get_by_label("run", exact=True)
+    menu.select_option(menu.locator("option", has_text="other ·").get_attribute("value"))
+    text.get_by_text("My lord").first.wait_for()
+    assert checkpoints.locator(".widget-readout").inner_text() == "step 10"
     page.close()
 
 

@@ -6,8 +6,10 @@ import time
 import pytest
 
 import lmlib
+from lmlib.errors import UserError
 from lmlib.generation.settings import Settings
-from lmlib.notebook.playground import Playground, playground
+from lmlib.notebook import token_html
+from lmlib.notebook.playground import Playground, newest_run, playground
 
 
 @pytest.fixture
@@ -57,10 +59,53 @@ def test_stop_ends_generation_at_once(play):
     play.sampler.start(play.generate)
     while "tokens" not in play.status.value:
         time.sleep(0.01)
-    play.buttons["Stop"].click()
+    assert play.main.description == "Stop"
+    play.main.click()
     play.sampler.thread.join(10)
     assert not play.sampler.thread.is_alive() and 0 < len(play.last[1].ids) < 100_000
-    assert play.buttons["Stop"].disabled and not play.buttons["Generate"].disabled
+    assert play.main.description == "Generate" and "tokens/s; stopped" in play.status.value
+
+
+def test_a_new_job_takes_the_place_of_one_that_runs(play):
+    play.fields["max_new_tokens"].max = 100_000
+    play.fields["max_new_tokens"].value = 100_000
+    play.sampler.start(play.generate)
+    while "tokens" not in play.status.value:
+        time.sleep(0.01)
+    play.fields["max_new_tokens"].value = 12
+    play.keys._handle_custom_msg({"prompt": "My lord"}, [])  # Ctrl+Enter in the prompt
+    play.sampler.thread.join(10)
+    assert play.prompt.value == "My lord" == play.last[0] and len(play.last[1].ids) == 12
+    assert play.keys.text == "My lord" + play.last[1].text and "stopped" not in play.status.value
+
+
+def test_stopping_between_the_texts_of_a_grid_is_said(play):
+    play.fields["max_new_tokens"].value = 1  # each text ends before it can be stopped
+    show, play.sampler.stop.is_set = token_html.grid, lambda: play.table.value.startswith("<table")
+    assert show(["step"], []).startswith("<table")
+    assert "Stopped: 1 of 8 texts." in finish(play, play.generate_grid)
+
+
+def test_the_menu_opens_another_run_with_a_text_of_it(play, run):
+    other = shutil.copytree(run, run.parent / "other")
+    shutil.rmtree(other / "checkpoints" / "checkpoint_step_20")
+    play = Playground(run, "To be", Settings(max_new_tokens=12))
+    finish(play, play.generate_grid)
+    play.menu.value = other
+    play.sampler.thread.join()
+    assert play.run_dir == other and play.step.value == 15 and play.chosen.value == (10, 15)
+    [text] = lmlib.generate(*lmlib.load(other), ["To be"], max_new_tokens=12)
+    assert play.last[1].text == text and "fill the grid" in play.table.value
+    assert newest_run(run.parent) in (run, other)
+
+
+def test_empty_tabs_say_what_to_do(play):
+    for place, words in zip(
+        (play.output, play.side_by_side, play.table, play.difference),
+        ("Press Generate", "add the checkpoint", "fill the grid", "Compare two checkpoints"),
+        strict=True,
+    ):
+        assert words in place.value
 
 
 def test_errors_appear_in_the_status_line_and_the_playground_keeps_working(play, run):
@@ -122,3 +167,5 @@ def test_new_checkpoints_of_a_training_run_appear(play, run):
 def test_outside_jupyterlab_a_line_says_where_to_open_it(run, capsys):
     playground(run)
     assert "open this notebook in JupyterLab" in capsys.readouterr().out
+    with pytest.raises(UserError, match="No run under .* has a checkpoint yet. `make train`"):
+        newest_run(run / "checkpoints")

@@ -42,13 +42,14 @@ PAINTED = "() => new Promise(done => requestAnimationFrame(() => requestAnimatio
 
 
 @contextmanager
-def jupyterlab(folder: Path) -> Iterator[str]:
-    """Serve `folder` with JupyterLab, without the user's settings; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def jupyterlab(folder: Path, app: str = "lab") -> Iterator[str]:
+    """Serve `folder` with JupyterLab, or with Notebook if `app` is "notebook"; yields its address.
+
+    The user's settings are left out.
+    """
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", "jupyter", app, "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=t"]
     command += [f"--ServerApp.root_dir={folder}"]
     config, workspaces = folder / ".config", folder / ".workspaces"
@@ -71,6 +72,12 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         server.terminate()
         server.wait(20)
         print(log.read_text("utf-8", "replace"))  # shown where a test fails
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for_server(url: str, seconds: float = 60):
@@ -119,7 +126,7 @@ def opened(browser: Any, address: str, name: str) -> Any:
     for _ in range(3):
         page.goto(f"{address}/lab/tree/{name}.ipynb?token=t&reset")
         page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-        if _kernel_is_ready(page):
+        if kernel_is_ready(page):
             break
     else:
         raise sync_api.TimeoutError(f"{name}.ipynb has no idle kernel after three tries")
@@ -129,7 +136,7 @@ def opened(browser: Any, address: str, name: str) -> Any:
     return page
 
 
-def _kernel_is_ready(page: Any, seconds: float = 40) -> bool:
+def kernel_is_ready(page: Any, seconds: float = 40) -> bool:
     """Wait until the kernel is idle and stays so for two seconds without a dialog.
 
     Time is part of this state: JupyterLab may ask for a kernel again after it was answered.
