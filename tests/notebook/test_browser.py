@@ -34,9 +34,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def lab(trained, tmp_path_factory):
+def lab_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(trained, lab_folder):
     """JupyterLab on copies of the notebooks, with parameters changed as a user changes them."""
-    folder = tmp_path_factory.mktemp("lab")
+    folder = lab_folder
+    shutil.copytree(trained.run_dir, folder / "outputs" / "trained")
+    jupyter.copy_notebook("index", folder, output_dir=str(folder / "outputs"))
     steps = {"total_steps": 3000, "checkpoint_every": 3000, "eval_every": 500, "log_every": 20}
     run = {"output_dir": str(trained.output_dir)}
     jupyter.copy_notebook(
@@ -378,3 +385,29 @@ def test_the_saved_curves_open_without_a_network(browser, trained):
 def test_malicious_texts_stay_text_in_every_display(browser, tmp_path):
     """Scripts in a corpus, prompts, names and records: live, reopened and exported."""
     assert jupyter.texts_that_ran(tmp_path, browser) == set()
+
+
+def test_opening_and_saving_a_notebook_changes_no_byte(browser, lab_folder, lab):
+    """Else opening one would show up in `git status`, and conflict with the next `git pull`."""
+    committed = PROJECT_ROOT / "notebooks" / "curves.ipynb"
+    copy = lab_folder / "kept.ipynb"
+    shutil.copy(committed, copy)
+    page, before = opened(browser, lab, "kept"), copy.stat().st_mtime_ns
+    page.locator("[data-command='docmanager:save']").first.click()
+    for _ in range(300):  # until the file is written
+        if copy.stat().st_mtime_ns != before:
+            break
+        page.wait_for_timeout(100)
+    else:
+        raise AssertionError("JupyterLab did not save")
+    assert copy.read_bytes() == committed.read_bytes()
+
+
+def test_the_start_page_opens_a_notebook_on_the_run(browser, lab):
+    page = opened(browser, lab, "index")
+    run_all(page)
+    all_ran(page, cell_count("index"))
+    row = page.locator("table tr", has_text="trained").first
+    row.get_by_text("curves", exact=True).click()
+    page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook >> text=trained")
+    page.screenshot(path=SCREENSHOTS / "index_opens_curves.png")
