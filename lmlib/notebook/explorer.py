@@ -99,7 +99,7 @@ class Explorer:
             for name in ("log x", "log loss", "follow"))
         self.filter = w.Text(placeholder="a part of a name, or a state", description="find runs",
                              layout=wide, style={"description_width": "70px"})
-        self.rows = w.VBox(layout={"max_height": "230px", "overflow": "auto", "width": "100%"})
+        self.rows = w.VBox(layout={"max_height": "240px", "overflow": "auto", "width": "100%"})
         self.warning, self.text = w.HTML(), w.HTML()
         self.text_step = w.SelectionSlider(options=[NO_TEXT], description="step", layout=wide)
         self.texts = w.VBox([self.text_step, self.text])
@@ -133,14 +133,15 @@ class Explorer:
     def _row(self, folder: Path) -> w.HBox:
         """Return a run's color, switch and state, made when they are first listed."""
         if folder not in self.switches:
-            self.swatches[folder] = w.HTML(layout={"width": "1.2em"})
+            self.swatches[folder] = w.HTML(layout={"flex": "none", "width": "1em"})
             self.switches[folder] = w.Checkbox(
                 folder in self.chosen, description=self._label(folder), indent=False,
-                layout={"width": "auto", "max_width": "100%"})
-            self.states[folder] = w.HTML(layout={"flex": "1 1 260px"})
+                layout={"width": "auto", "max_width": "calc(100% - 2em)"})
+            self.states[folder] = w.HTML(layout={"flex": "1 1 240px"})
             self.switches[folder].observe(lambda change: self._choose(folder), "value")
-        return w.HBox([self.swatches[folder], self.switches[folder], self.states[folder]],
-                      layout={"flex_flow": "row wrap", "flex": "none"})
+        wraps = {"flex_flow": "row wrap", "flex": "1 1 0"}
+        said = w.HBox([self.switches[folder], self.states[folder]], layout=wraps)
+        return w.HBox([self.swatches[folder], said], layout={"flex": "none"})
 
     def _choose(self, folder: Path):
         """Draw a run that was switched on or off; what it has to show is read at the first time."""
@@ -216,7 +217,9 @@ class Explorer:
         """Write each chosen run's color and state, and what is wrong with comparing them."""
         column, warning = frames.loss_column(self.shown())
         color = f"color: {figures.COLORS[1]}"
-        self.warning.value = f"<b style='{color}'>{html.escape(printable(warning))}</b>"
+        self.warning.value = warning and (
+            f"<b style='{color}; display: block; line-height: 1.35; padding: 6px 0'>"
+            f"{html.escape(printable(warning))}</b>")
         if not self.shown():
             self.warning.value = _gray("No run is chosen: tick one in the list.")
         bits = frames.results_table(self.frame)["bits per byte"]
@@ -273,4 +276,5 @@ class Explorer:
 
 def _gray(text: str) -> str:
     """Return untrusted text as gray HTML that wraps."""
-    return f"<span style='opacity: 0.75'>{html.escape(printable(text))}</span>"
+    style = "display: block; opacity: 0.75; font-size: 12px; line-height: 1.35; padding: 6px 0"
+    return f"<span style='{style}'>{html.escape(printable(text))}</span>"
