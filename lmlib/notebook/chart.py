@@ -34,10 +34,14 @@ class Chart:
         """Draw another figure; where it has the same lines they move, and a zoom stays."""
         shown, new = self.figure, figure.to_plotly_json()
         if [trace.type for trace in shown.data] == [trace.type for trace in figure.data]:
-            shown.update(new)
+            layout = new["layout"]  # a list is replaced, since it may have become shorter
+            lists = {name: layout.pop(name, ()) for name in ("annotations", "shapes")}
+            with shown.batch_update():
+                shown.update(new)
+                shown.layout.update(lists, overwrite=True)
         else:
             widget = go.FigureWidget(figure)
-            widget._config = {"responsive": True}
+            widget._config = {"responsive": True, "displaylogo": False}
             self.box.children = [widget, self.box.children[1]]
             shown.close()
         # A page that is loaded again asks for these two, which Plotly sets at the beginning only.

@@ -179,6 +179,9 @@ class Explorer:
         curves.layout.updatemenus = ()
         curves.layout.yaxis.type = "log" if self.log_loss.value else "linear"
         views = {"Curves": curves, **panels(frame)}
+        for figure in views.values():  # the warning stands above the charts, where it can wrap
+            figure.layout.annotations = [note for note in figure.layout.annotations
+                                         if note.font.color != figures.COLORS[1]]
         for trace in (trace for figure in views.values() for trace in figure.data):
             run = trace.legendgroup or html.unescape(trace.name or "")
             trace.visible = run in frame.attrs["on"] or run not in frame.attrs["runs"]

@@ -315,7 +315,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     page.wait_for_function(f"{runs}.includes('third')")
     page.get_by_label("more/third").click()
     page.wait_for_function(f"!{runs}.includes('third')")
-    assert warning.count() == 0
+    warning.wait_for(state="detached")
     page.get_by_label("log loss").click()
     page.wait_for_function(f"{chart}.layout.yaxis.type === 'log'")
     page.screenshot(path=SCREENSHOTS / "explorer_narrow.png")
@@ -349,7 +349,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
 def test_compare_without_a_sweep_says_what_to_run_and_trains_nothing(browser, lab):
     page = opened(browser, lab, "no_sweep")
     run_all(page)
-    error = page.locator(jupyter.ERROR)
+    error = page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')
     error.wait_for()
     shown = error.inner_text().strip()
     assert shown.count("\n") == 0 and "lmlib sweep params/exp8_small/*.yaml" in shown
