@@ -172,7 +172,7 @@ def figure(difference: Difference) -> go.Figure:
     figures.add_line(drawn, 0, [*range(1, len(values) + 1)], values,
                      difference.clustered_by, mode="markers", size=8)
     drawn.add_annotation(x=0.5, y=1.02, xref="paper", yref="paper", yanchor="bottom",
-                         showarrow=False, text=html.escape(str(difference)))
+                         showarrow=False, text=f"<b>{html.escape(' − '.join(difference.names))}</b>")
     figures.styled(drawn, height=380, top=90).update_layout(margin={"l": 80})
     drawn.update_xaxes(title_text=f"{difference.clustered_by}, sorted by their difference",
                        showticklabels=False)

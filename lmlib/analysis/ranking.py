@@ -13,13 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import comparison, figures, frames
-from lmlib.analysis.verdict import Verdict
+from lmlib.analysis.verdict import Verdict, of_models
 from lmlib.errors import UserError
 from lmlib.files import display_path, resolve_path
 from lmlib.intervals import Estimate, clustered_mean, student_t
 from lmlib.leaks import LEAKY_NAME
 from lmlib.run.lock import run_status
-from lmlib.text import printable
 
 # Runs that differ in nothing but these are of one model.
 NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_every",
@@ -167,28 +166,7 @@ def pairs(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
 def verdict(run_dirs: Iterable[str | Path] | pd.DataFrame) -> Verdict:
     """Return in one sentence which models are worse than others, and what is not known."""
     runs = finished(run_dirs)
-    table, ranks = pairs(runs).reset_index(), ranking(runs)
-    if ranks.empty:
-        return Verdict("No run is finished yet.")
-    others, found = table["minus"].nunique(), []
-    for model, lost in table[table["verdict"] == "worse"].groupby("model", sort=False):
-        other = lost["minus"].iloc[0] if others == 1 else f"{len(lost)} of {others} other models"
-        found.append(f"{model} is worse than {other}")
-    counts = table["verdict"].value_counts().to_dict()
-    noise, worse = counts.pop("within the noise", 0), counts.pop("worse", 0)
-    if noise:
-        found.append("all other differences are within the noise" if worse else
-                     f"No model is worse than another: all {noise} differences between "
-                     f"{others + 1} models are within the noise" if noise > 1 else
-                     "The difference between the two models is within the noise")
-    found += [f"{n} difference{'s' * (n > 1)} without a verdict ({why})"
-              for why, n in counts.items()]
-    compared = {*table["model"], *table["minus"]}
-    left_out = [f"{model} ({row['verdict']})" if row["verdict"] != "best" else model
-                for model, row in ranks.iterrows() if model not in compared]
-    said = "not compared" if found else "There is nothing to compare"
-    found += [f"{said}: {', '.join(left_out)}"] if left_out else []
-    return Verdict(printable("; ".join(found) + "."))
+    return of_models(ranking(runs), pairs(runs))
 
 
 def best_two(run_dirs: Iterable[str | Path]) -> list[Path]:

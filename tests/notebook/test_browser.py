@@ -321,7 +321,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     page.screenshot(path=SCREENSHOTS / "explorer_narrow.png")
     too_wide = """[...document.querySelectorAll('.jp-OutputArea-output')].filter(
         e => e.querySelector('.noUi-handle')).flatMap(output => [output, ...output.querySelectorAll('*')]
-        .filter(e => !e.closest('svg') && e.clientWidth && e.scrollWidth > e.clientWidth + 1
+        .filter(e => !e.closest('svg, .noUi-target') && e.clientWidth && e.scrollWidth > e.clientWidth + 1
             && !['INPUT', 'SELECT'].includes(e.tagName)).map(e => e.className + ' ' + e.scrollWidth))"""
     assert page.evaluate(too_wide) == []
     page.wait_for_function(f"{chart}._fullLayout.width <= {chart}.parentElement.clientWidth")
