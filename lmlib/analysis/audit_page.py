@@ -18,7 +18,7 @@ from lmlib.text import printable
 
 # These doubt a score without a leak.
 NO_LEAK = {"record", "sample", "evaluation"}
-COLORS = {True: "#00795A", False: "#C4420B", None: "#8A6500"}  # read on white and on black
+COLORS = {True: "#00795A", False: "#C4420B", None: "#8A6500"}  # white text reads on them
 
 
 def watch(audit: Audit, source: str | Path) -> Iterator[Report]:
@@ -75,14 +75,14 @@ def figure(reports: list[Report], name: str = "") -> go.Figure:
                          [*means, *values[-1:]], key, size=4, width=1.5, showlegend=False,
                          row=1, col=col)
         drawn.update_xaxes(type="log", title_text="position", row=1, col=col)
+    figures.styled(drawn, 400 if name else 360, 100 if name else 60, xaxis_title_text="s",
+                   yaxis_title_text="t", yaxis_autorange="reversed", coloraxis=figures.RED_BLUE,
+                   coloraxis_showscale=False)
     if name:
-        drawn.add_annotation(text=f"<b>{html.escape(printable(name))}</b>", x=0.5, y=1.14,
-                             xref="paper", yref="paper", xanchor="center", yanchor="bottom",
-                             showarrow=False)
-    return figures.styled(drawn, 400 if name else 360, 100 if name else 60,
-                          xaxis_title_text="s", yaxis_title_text="t",
-                          yaxis_autorange="reversed", coloraxis=figures.RED_BLUE,
-                          coloraxis_showscale=False)
+        drawn.add_annotation(text=f"<b>{html.escape(printable(name))}</b>", x=0, y=1.16,
+                             xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                             showarrow=False, font_size=16)
+    return drawn
 
 
 def scores(series: dict[str, Any]) -> go.Figure:
@@ -101,15 +101,16 @@ def save(reports: list[Report], source: str | Path, path: str | Path):
     """Save an audit as a page: a row per verdict, and the figures."""
     name = str(source)
     above = f"<h1>Audit of {html.escape(printable(name))}</h1>{table(reports, source)}"
-    render.save(figure(reports), path, f"Audit of {name}",
+    render.save(figure(reports, Path(source).name), path, f"Audit of {name}",
                 f"<div style='font-family: system-ui, sans-serif'>{above}</div>")
 
 
 def table(reports: list[Report], source: str | Path, progress: str = "") -> str:
     """Return an audit as HTML: the sentence, or the progress of one that runs, then its lines."""
     cell = "<td style='padding: 3px 12px; text-align: left; vertical-align: top"  # no <style> here
-    rows = [f"<tr>{cell}; white-space: nowrap; color: {COLORS[report.passed]}'>"
-            f"<b>{report.verdict}</b></td>{cell}; white-space: nowrap'>{report.check}</td>"
+    badge = "color: white; border-radius: 9px; padding: 1px 9px; background:"
+    rows = [f"<tr>{cell}; white-space: nowrap'><b style='{badge} {COLORS[report.passed]}'>"
+            f"{report.verdict}</b></td>{cell}; white-space: nowrap'>{report.check}</td>"
             f"{cell}'>{html.escape(printable(report.summary))}</td></tr>" for report in reports]
     top = f"<p>{html.escape(progress)}</p>" if progress else verdict(reports, source)._repr_html_()
     return f"<div style='max-width: 1000px'>{top}<table>{''.join(rows)}</table></div>"
