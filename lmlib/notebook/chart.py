@@ -13,7 +13,12 @@ class Fit(anywidget.AnyWidget):
     Plotly alone listens to the window, and draws a figure that is not attached yet 700 pixels wide.
     """
     _esm = """export default { render({ el }) {
-        const seen = new ResizeObserver(() => window.dispatchEvent(new Event("resize")))
+        let box = null  // it grows once the figure beside is drawn, and hears of its size
+        const seen = new ResizeObserver(() => {
+            const around = el.parentElement
+            if (around && around !== box) seen.observe(box = around)
+            window.dispatchEvent(new Event("resize"))
+        })
         seen.observe(el)
         return () => seen.disconnect()
     } }"""
@@ -39,6 +44,7 @@ class Chart:
             with shown.batch_update():
                 shown.update(new)
                 shown.layout.update(lists, overwrite=True)
+                shown.layout.width = None  # which a resized page reports as if it was asked for
         else:
             widget = go.FigureWidget(figure)
             widget._config = {"responsive": True, "displaylogo": False}

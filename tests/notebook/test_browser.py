@@ -328,8 +328,8 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     assert page.locator(".noUi-target").first.bounding_box()["width"] >= 120
     page.get_by_role("tab", name="Cost").click()  # drawn while it was hidden
     page.wait_for_function(
-        """[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.clientWidth)
-        .every(p => p._fullLayout.width === p.clientWidth)"""
+        """[...document.querySelectorAll('.widget-tab .js-plotly-plot')].filter(p => p.clientWidth)
+        .every(p => Math.abs(p._fullLayout.width - p.clientWidth) <= 1)"""
     )
 
     jupyter.saved(page)
