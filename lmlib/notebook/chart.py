@@ -38,13 +38,15 @@ class Chart:
     def show(self, figure: go.Figure):
         """Draw another figure; where it has the same lines they move, and a zoom stays."""
         shown, new = self.figure, figure.to_plotly_json()
-        if [trace.type for trace in shown.data] == [trace.type for trace in figure.data]:
+        # Plotly freezes the width of a figure whose height is changed.
+        same_height = shown.layout.height == figure.layout.height
+        types = [[trace.type for trace in drawn.data] for drawn in (shown, figure)]
+        if same_height and types[0] == types[1]:
             layout = new["layout"]  # a list is replaced, since it may have become shorter
             lists = {name: layout.pop(name, ()) for name in ("annotations", "shapes")}
             with shown.batch_update():
                 shown.update(new)
                 shown.layout.update(lists, overwrite=True)
-                shown.layout.width = None  # which a resized page reports as if it was asked for
         else:
             widget = go.FigureWidget(figure)
             widget._config = {"responsive": True, "displaylogo": False}
