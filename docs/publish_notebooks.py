@@ -1,12 +1,13 @@
 """Update the outputs in the committed notebooks: `make notebooks`, after `make train`.
 
-    python docs/publish_notebooks.py [train curves generate compare audit]
+    python docs/publish_notebooks.py [train curves generate compare audit learning_rate]
 
 train.ipynb gets the outputs of outputs/quickstart/train.ipynb. The others are executed here:
 
 - curves and generate on the quickstart run;
 - audit on it and on outputs/exp9_seed_small:
   `lmlib sweep params/exp9_seed_small/*.yaml`
+- learning_rate trains what it shows;
 - compare on outputs/exp8_small:
   `lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2 --jobs 2`
 
@@ -40,7 +41,7 @@ METADATA = {
 
 def main():
     notebooks = PROJECT_ROOT / "notebooks"
-    chosen = sys.argv[1:] or ["train", "curves", "generate", "compare", "audit"]
+    chosen = sys.argv[1:] or ["train", "curves", "generate", "compare", "audit", "learning_rate"]
     if "train" in chosen:
         publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Show what an audit found: its verdicts as a table, its figures, and both as a page."""
 
 import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,49 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmlib.analysis import figures, render
+from lmlib.analysis.verdict import Verdict
 from lmlib.audit.report import TOLERANCE, Report
+from lmlib.run.run_audit import Audit
 from lmlib.text import printable
 
+# These doubt a score without a leak.
+NO_LEAK = {"record", "sample", "evaluation"}
+COLORS = {True: "#00795A", False: "#C4420B", None: "#8A6500"}  # white text reads on them
 
-def figure(reports: list[Report]) -> go.Figure:
+
+def watch(audit: Audit, source: str | Path) -> Iterator[Report]:
+    """Yield the reports of an audit; show each in a notebook as its check is finished."""
+    from IPython.display import display
+
+    reports, names = [], list(audit.checks)
+    def bundle() -> dict[str, str]:
+        n = len(reports)
+        now = f"{n} of {len(names)} checks made; now: {names[n]} …" if n < len(names) else ""
+        text = "\n".join([*map(str, reports), now or verdict(reports, source)])
+        return {"text/html": table(reports, source, now), "text/plain": text}
+
+    shown = display(bundle(), raw=True, display_id=True)
+    for report in audit:
+        reports.append(report)
+        shown.update(bundle(), raw=True)
+        yield report
+
+
+def verdict(reports: list[Report], source: str | Path) -> Verdict:
+    """Return in one sentence what an audit found: leaks, what passed, what could not be made."""
+    name = Path(source).name
+    failed = [report.check for report in reports if report.passed is False]
+    unknown = [report.check for report in reports if report.passed is None]
+    passed = len(reports) - len(failed) - len(unknown)
+    found = "no leak found" if set(failed) <= NO_LEAK else "LEAKS"
+    parts = [f"all {passed} checks passed" if passed == len(reports) else
+             f"{passed} of {len(reports)} checks passed"]
+    parts += [f"{len(failed)} failed ({', '.join(failed)})"] * bool(failed)
+    parts += [f"{len(unknown)} could not be made ({', '.join(unknown)})"] * bool(unknown)
+    return Verdict(printable(f"{name}: {found}; {', '.join(parts)}."))
+
+
+def figure(reports: list[Report], name: str = "") -> go.Figure:
     """Draw which logits depend on which tokens (red: a leak), and the scores by position."""
     numbers = {report.check: report.numbers for report in reports}
     causality, profile = numbers.get("causality", {}), numbers.get("profile", {})
@@ -36,9 +75,14 @@ def figure(reports: list[Report]) -> go.Figure:
                          [*means, *values[-1:]], key, size=4, width=1.5, showlegend=False,
                          row=1, col=col)
         drawn.update_xaxes(type="log", title_text="position", row=1, col=col)
-    return figures.styled(drawn, height=360, xaxis_title_text="s", yaxis_title_text="t",
-                          yaxis_autorange="reversed", coloraxis=figures.RED_BLUE,
-                          coloraxis_showscale=False)
+    figures.styled(drawn, 400 if name else 360, 100 if name else 60, xaxis_title_text="s",
+                   yaxis_title_text="t", yaxis_autorange="reversed", coloraxis=figures.RED_BLUE,
+                   coloraxis_showscale=False)
+    if name:
+        drawn.add_annotation(text=f"<b>{html.escape(printable(name))}</b>", x=0, y=1.16,
+                             xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                             showarrow=False, font_size=16)
+    return drawn
 
 
 def scores(series: dict[str, Any]) -> go.Figure:
@@ -55,18 +99,18 @@ def scores(series: dict[str, Any]) -> go.Figure:
 
 def save(reports: list[Report], source: str | Path, path: str | Path):
     """Save an audit as a page: a row per verdict, and the figures."""
-    render.save(figure(reports), path, f"Audit of {source}", table(reports, source))
+    name = str(source)
+    above = f"<h1>Audit of {html.escape(printable(name))}</h1>{table(reports, source)}"
+    render.save(figure(reports, Path(source).name), path, f"Audit of {name}",
+                f"<div style='font-family: system-ui, sans-serif'>{above}</div>")
 
 
-def table(reports: list[Report], source: str | Path) -> str:
-    """Return an audit's verdicts as an HTML table, failed ones in orange."""
-    failed = sum(report.passed is False for report in reports)
-    made = f"all {len(reports)} checks passed or could not be made"
-    verdict = f"{failed} of {len(reports)} checks failed" if failed else made
-    cell = "<td style='padding: 2px 12px; vertical-align: top'>"  # inline: notebooks drop <style>
-    rows = [f"<tr style='color: {figures.COLORS[1] if report.passed is False else render.GRAY}'>"
-            f"{cell}<b>{report.verdict}</b></td>{cell}{report.check}</td>"
-            f"{cell}{html.escape(printable(report.summary))}</td></tr>" for report in reports]
-    return (f"<div style='font-family: sans-serif; max-width: 1000px'>"
-            f"<h1>Audit of {html.escape(printable(str(source)))}</h1><p>{verdict}.</p>"
-            f"<table>{''.join(rows)}</table></div>")
+def table(reports: list[Report], source: str | Path, progress: str = "") -> str:
+    """Return an audit as HTML: the sentence, or the progress of one that runs, then its lines."""
+    cell = "<td style='padding: 3px 12px; text-align: left; vertical-align: top"  # no <style> here
+    badge = "color: white; border-radius: 9px; padding: 1px 9px; background:"
+    rows = [f"<tr>{cell}; white-space: nowrap'><b style='{badge} {COLORS[report.passed]}'>"
+            f"{report.verdict}</b></td>{cell}; white-space: nowrap'>{report.check}</td>"
+            f"{cell}'>{html.escape(printable(report.summary))}</td></tr>" for report in reports]
+    top = f"<p>{html.escape(progress)}</p>" if progress else verdict(reports, source)._repr_html_()
+    return f"<div style='max-width: 1000px'>{top}<table>{''.join(rows)}</table></div>"

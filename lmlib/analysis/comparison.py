@@ -164,7 +164,7 @@ def figure(difference: Difference) -> go.Figure:
     lines = [("no difference", 6, 1.5, [0.0]), ("mean", 1, 2.5, [estimate.mean])]
     if half is not None:  # the eighth color is the mean's, dashed
         lines.append((f"95 % interval{few}", 8, 1.5, [estimate.mean - half, estimate.mean + half]))
-    drawn = go.Figure()
+    drawn, title = go.Figure(), html.escape(" − ".join(difference.names))
     for name, number, width, heights in lines:
         for height in heights:
             figures.add_line(drawn, number, [0.5, len(values) + 0.5], [height] * 2, name,
@@ -172,7 +172,7 @@ def figure(difference: Difference) -> go.Figure:
     figures.add_line(drawn, 0, [*range(1, len(values) + 1)], values,
                      difference.clustered_by, mode="markers", size=8)
     drawn.add_annotation(x=0.5, y=1.02, xref="paper", yref="paper", yanchor="bottom",
-                         showarrow=False, text=html.escape(str(difference)))
+                         showarrow=False, text=f"<b>{title}</b>")
     figures.styled(drawn, height=380, top=90).update_layout(margin={"l": 80})
     drawn.update_xaxes(title_text=f"{difference.clustered_by}, sorted by their difference",
                        showticklabels=False)

@@ -13,6 +13,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import comparison, figures, frames
+from lmlib.analysis.verdict import Verdict, of_models
+from lmlib.errors import UserError
+from lmlib.files import display_path, resolve_path
 from lmlib.intervals import Estimate, clustered_mean, student_t
 from lmlib.leaks import LEAKY_NAME
 from lmlib.run.lock import run_status
@@ -25,6 +28,20 @@ BEHIND = ["behind the best", "± seeds", "± documents"]
 UNKNOWN = "lineage unknown"
 CONDITIONS = ("95 % intervals for all pairs together; ± seeds: other seeds on these documents; "
               "± documents: other documents with these trained models.")
+
+
+def sweep_runs(output_dir: str | Path) -> list[Path]:
+    """Return the runs in a sweep's folder; if none is finished, raise a ValueError that says how.
+
+    Nothing is trained here: a notebook that is run again must not start minutes of work.
+    """
+    folders = frames.find_runs(output_dir)
+    if not any(run_status(folder) == "finished" for folder in folders):
+        raise UserError(
+            f"There is no finished run in {display_path(resolve_path(output_dir))}: train the "
+            "models with `lmlib sweep params/exp8_small/*.yaml -p seed 0 1 2`, which takes about "
+            "a quarter of an hour on two CPU cores, then run this notebook again.")
+    return folders
 
 
 def scores(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
@@ -74,8 +91,13 @@ def first_seeds(run_dirs: Iterable[str | Path]) -> list[Path]:
     return [folders[run] for run in table.index]
 
 
-def finished(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """Return the rows of `scores` of finished runs, one per model and seed."""
+def finished(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `scores` of finished runs, one per model and seed.
+
+    A table that it returned is returned as it is: reading many runs takes a second.
+    """
+    if isinstance(run_dirs, pd.DataFrame):
+        return run_dirs
     table = scores(run_dirs)
     done = table["state"].astype(str).str.startswith("finished") & table["validation loss"].notna()
     return table[done].drop_duplicates(["model", "seed"], keep="last")  # a copy is no new seed
@@ -87,14 +109,15 @@ def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
     Takes the runs' folders, or the table that `finished` made of them. "spread" is the standard
     deviation over seeds, "behind the best" the mean difference to the best model on the same seeds.
     Its two 95 % intervals hold for all pairs of models together (see `pairs`). "test loss" is
-    reported beside and ranks nothing.
+    reported beside and ranks nothing. Models that were scored on other text have no loss here, but
+    bits per byte.
 
     "verdict" is "best", "worse" (behind by more than both intervals), "within the noise", "few
     documents" or "documents unknown" (no verdict), "one seed: unknown", "no two seeds in common:
     unknown", or, last and not compared, "other text" or "leaks".
     """
-    runs = run_dirs if isinstance(run_dirs, pd.DataFrame) else finished(run_dirs)
-    counts, averaged = ["parameters", "active"], ["test loss", "accuracy", *frames.COSTS]
+    runs, counts = finished(run_dirs), ["parameters", "active"]
+    averaged = ["bits per byte", "test loss", "accuracy", *frames.COSTS]
     columns = ["seeds", "validation loss", "spread", *BEHIND, "documents", "verdict", *averaged,
                "notes"]
     if runs.empty:
@@ -119,11 +142,12 @@ def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
         "no two seeds in common: unknown")
     table["apart"] = table["verdict"].isin(["other text", "leaks"])
     table = table.sort_values(["apart", "validation loss"], kind="stable")[columns]
+    table.loc[table["verdict"] == "other text", ["validation loss", "spread", "test loss"]] = np.nan
     table = table.round(dict.fromkeys(counts, 0))
     return table.astype(dict.fromkeys([*counts, "documents"], "Int64"))
 
 
-def pairs(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+def pairs(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
     """Compare every two comparable models on the seeds that all of them have: a row per pair.
 
     "± seeds" is Student's t on the residuals of losses ~ model + seed: it holds for other seeds,
@@ -137,6 +161,12 @@ def pairs(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     both = [(worse, better) for n, better in enumerate(models) for worse in models[n + 1 :]]
     table = _differences(runs, paired, both)
     return table.rename(columns={BEHIND[0]: "difference"})
+
+
+def verdict(run_dirs: Iterable[str | Path] | pd.DataFrame) -> Verdict:
+    """Return in one sentence which models are worse than others, and what is not known."""
+    runs = finished(run_dirs)
+    return of_models(ranking(runs), pairs(runs))
 
 
 def best_two(run_dirs: Iterable[str | Path]) -> list[Path]:
@@ -298,7 +328,8 @@ def _score(runs: pd.DataFrame) -> tuple[str, str, str]:
 
 def summary(run_dirs: Iterable[str | Path]) -> str:
     """Return the ranking as one sentence per model, and what its intervals hold for."""
-    lines, table = [], ranking(run_dirs)
+    runs = finished(run_dirs)
+    lines, table = [], ranking(runs)
     for model, row in table.iterrows():
         seeds, behind = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}", ""
         if pd.notna(row["± seeds"]):
@@ -306,8 +337,11 @@ def summary(run_dirs: Iterable[str | Path]) -> str:
                       if pd.notna(row[f"± {of}"])]
             behind = f", {row['behind the best']:+.3f}{''.join(halves)} to the best"
         notes = f" ({row['notes']})" if row["notes"] else ""
-        lines.append(f"{model}: {row['validation loss']:.3f} nats over {seeds}{behind}: "
-                     f"{row['verdict']}{notes}")
+        score = (f"{row['bits per byte']:.3f} bits per byte" if pd.isna(row["validation loss"])
+                 else f"{row['validation loss']:.3f} nats")
+        lines.append(f"{model}: {score} over {seeds}{behind}: {row['verdict']}{notes}")
     if table["± seeds"].notna().any():
         lines.append(CONDITIONS)
+    if warning := frames.loss_column(runs["folder"])[1]:
+        lines.append(warning)
     return "\n".join(lines) or "No run is finished yet."

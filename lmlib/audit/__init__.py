@@ -1,5 +1,8 @@
 """Leak checks for any nn.Module or text: `print(lmlib.audit.check_causality(model))`."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from lmlib.audit.causality import check_causality
@@ -23,9 +26,20 @@ __all__ = ["Leak", "Report", "check_batch_independence", "check_cache", "check_c
 
 def check_model(model: nn.Module, sequence_length: int | None = None) -> list[Report]:
     """Run the checks that need only a model; `sequence_length` limits the window (see `Probe`)."""
-    checks = (check_causality, check_batch_independence, check_cache)
-    reports = [check(model, sequence_length=sequence_length) for check in checks]
+    return [check() for check in model_checks(model, sequence_length).values()]
+
+
+def model_checks(model: nn.Module,
+                 sequence_length: int | None = None) -> dict[str, Callable[[], Report]]:
+    """Return the checks of `check_model` by name, to be called one by one."""
+    checks = {"causality": check_causality, "batch independence": check_batch_independence,
+              "cache": check_cache}
+    return {name: partial(check, model, sequence_length=sequence_length)
+            for name, check in checks.items()} | {"labels": partial(_labels, model)}
+
+
+def _labels(model: nn.Module) -> Report:
     try:
-        return [*reports, check_labels(model)]
+        return check_labels(model)
     except ValueError as error:  # many models compute no loss
-        return [*reports, Report("labels", None, str(error))]
+        return Report("labels", None, str(error))

@@ -9,15 +9,18 @@ from lmlib.analysis import frames
 from lmlib.files import resolve_path
 
 
+def describe(row: pd.Series) -> str:
+    """Return a run's state, date and score, from a row of `frames.overview`."""
+    date = f"{row['date']:%Y-%m-%d %H:%M}" if pd.notna(row["date"]) else "not started"
+    bits = row["bits per byte"]
+    score = f"{bits:.3f} bits per byte" if pd.notna(bits) else "no score yet"
+    return " · ".join([row["state"], date, score, *filter(None, [row["notes"]])])
+
+
 def options(output_dir: str | Path) -> list[tuple[str, Path]]:
     """Return a line and the folder of each run under a folder, newest first."""
-    found = []
-    for name, row in frames.overview(output_dir).iterrows():
-        date = f"{row['date']:%Y-%m-%d %H:%M}" if pd.notna(row["date"]) else "not started"
-        bits = row["bits per byte"]
-        score = f"{bits:.3f} bits per byte" if pd.notna(bits) else "no score yet"
-        found.append((f"{name} · {row['state']} · {date} · {score}", Path(row["folder"])))
-    return found
+    return [(f"{name} · {describe(row)}", Path(row["folder"]))
+            for name, row in frames.overview(output_dir).iterrows()]
 
 
 def run_menu(output_dir: str | Path, chosen: Path | None = None, **layout: str) -> w.Dropdown:

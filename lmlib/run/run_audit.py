@@ -1,6 +1,8 @@
 """Audit what exists: a run with its text and scores, a checkpoint, or a Hugging Face model."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from lmlib import checkpoint, evaluation
-from lmlib.audit import Report, check_model, scores, split
+from lmlib.audit import Report, model_checks, scores, split
 from lmlib.config import RunConfig
 from lmlib.data import tokens
 from lmlib.data.prepare import prepare
@@ -19,20 +21,33 @@ from lmlib.files import resolve_path
 from lmlib.model.huggingface import CheckpointError
 from lmlib.run import preflight
 from lmlib.run.environment import check_data
-from lmlib.run.lineage import lineage_of
+from lmlib.run.lineage import Lineage, lineage_of
 from lmlib.run.records import read_records
 
 
-def audit(source: str | Path, step: int | None = None) -> list[Report]:
-    """Run every check that can be made of a run, a checkpoint, a Hugging Face folder or id.
+@dataclass(frozen=True)
+class Audit:
+    """Checks that are made one by one, as the audit is iterated; `len` is their number."""
+    checks: dict[str, Callable[[], Report]]
+
+    def __len__(self) -> int:
+        return len(self.checks)
+
+    def __iter__(self) -> Iterator[Report]:
+        return (check() for check in self.checks.values())
+
+
+def audit(source: str | Path, step: int | None = None) -> Audit:
+    """Return every check that can be made of a run, a checkpoint, a Hugging Face folder or id.
 
     A run is audited with its text: its split and tokenizer, its evaluation repeated, its loss by
-    position. Of a checkpoint or another model only the model is audited. Raises a ValueError that
-    says what is needed if there is no such thing, or it cannot be read or audited.
+    position. Of a checkpoint or another model only the model is audited. Iterate to make the
+    checks, which takes about a minute: `for report in audit("outputs/quickstart")`. Raises a
+    ValueError that says what is needed if there is no such thing, or it cannot be read or audited.
     """
     folder = resolve_path(source)
     if not folder.exists():
-        return check_model(_from_hub(str(source), step))
+        return Audit(model_checks(_from_hub(str(source), step)))
     is_run = (folder / "checkpoints").is_dir()
     path = checkpoint.find_checkpoint(folder, step)
     try:
@@ -40,17 +55,19 @@ def audit(source: str | Path, step: int | None = None) -> list[Report]:
     except CheckpointError:
         if is_run or (path / "checkpoint.json").exists():
             raise
-        return check_model(_from_hub(str(path), None))  # of a class that lmlib does not have
+        # Of a class that lmlib does not have.
+        return Audit(model_checks(_from_hub(str(path), None)))
     if not is_run:
-        return check_model(model)
+        return Audit(model_checks(model))
     config = _config_in(folder)
-    reports = check_model(model, min(512, max(2, config.sequence_length)))
+    checks = model_checks(model, min(512, max(2, config.sequence_length)))
     try:
         store = prepare(replace(config, score_test=False), tokenizer=str(path))
         check_data(folder, path, store)
     except ValueError as error:
-        return [*reports, Report("split", None, f"the run's text is not here ({error})")]
-    return [*reports, *_check_text(store, model, path)]
+        missing = Report("split", None, f"the run's text is not here ({error})")
+        return Audit(checks | {"split": lambda: missing})
+    return Audit(checks | _TextAudit(store, model, path).checks())
 
 
 def _from_hub(name: str, step: int | None) -> nn.Module:
@@ -74,60 +91,92 @@ def _config_in(folder: Path) -> RunConfig:
                           run_name=folder.name)
 
 
-def _check_text(store: tokens.TokenStore, model: nn.Module, path: Path) -> list[Report]:
-    """Check a run's text and scores; `path` is the checkpoint of the model."""
-    config, step = store.config, checkpoint.verify(path)["step"]
-    found = evaluation.evaluate(model, store.evaluation_text("validation"),
-                                token_bytes(store.tokenizer, config.vocab_size),
-                                config.micro_batch_size or config.batch_size)
-    summary, losses = found.summary(), found.losses
-    reports = [*_check_documents(store, found, path),
-               _check_record(config, summary["val_loss"], step),
-               scores.check_sample(summary, len(losses), losses.numel(), found.text.unit),
-               preflight.check_evaluation_of(model, found.text.windows)]
-    if losses.shape[1] >= 4:
-        loss, accuracy = losses.mean(0), found.correct.double().mean(0)
-        report = scores.check_profile(loss, accuracy)
-        curves = {"losses": loss.tolist(), "accuracies": accuracy.tolist()}
-        reports.append(replace(report, numbers=report.numbers | curves))
-    return reports
+class _TextAudit:
+    """The checks of a run's text and scores; `path` is the checkpoint of the model."""
 
+    def __init__(self, store: tokens.TokenStore, model: nn.Module, path: Path):
+        self.store, self.model, self.path, self.config = store, model, path, store.config
 
-def _check_documents(store: tokens.TokenStore, found: evaluation.Scores,
-                     path: Path) -> list[Report]:
-    """Check the split, the lineage and the tokenizer, from the documents themselves."""
-    lineage = lineage_of(path, store, is_own=True)
-    contamination = preflight.check_contamination(path, store, lineage)
-    if store.config.split == "windows":
-        return [contamination]
-    held_out = [text for name in ("validation", "test") for text in store.texts(name)]
-    report = split.check_split(store.texts("training"), held_out)
-    n = preflight.tokens_per_ngram(store)
-    if contamination.passed is False:  # also by an ancestor's text
-        report = replace(report, passed=False, summary=f"{report.summary} {contamination.summary}")
-    shared = split.shared_spans(store.train, store.validation, found.text.starts,
-                                store.config.sequence_length + 1, n)[:, 1:]
-    parts = scores.loss_by_overlap(found.losses, shared)
-    if parts["share"]:
-        report = replace(report, summary=(
+    def checks(self) -> dict[str, Callable[[], Report]]:
+        checks = {"split": self.check_split, "lineage": self.check_lineage,
+                  "tokenizer": self.check_tokenizer, "record": self.check_record,
+                  "sample": self.check_sample, "evaluation": self.check_evaluation,
+                  "profile": self.check_profile}
+        left_out = {"lineage", "tokenizer"} if self.config.split == "windows" else set()
+        left_out |= {"profile"} if self.config.sequence_length < 4 else set()
+        return {name: check for name, check in checks.items() if name not in left_out}
+
+    @cached_property
+    def found(self) -> evaluation.Scores:
+        """The evaluation, repeated from the checkpoint."""
+        config = self.config
+        sizes = token_bytes(self.store.tokenizer, config.vocab_size)
+        return evaluation.evaluate(self.model, self.store.evaluation_text("validation"), sizes,
+                                   config.micro_batch_size or config.batch_size)
+
+    @cached_property
+    def known(self) -> Lineage:
+        return lineage_of(self.path, self.store, is_own=True)
+
+    def held_out(self) -> list[str]:
+        return [text for name in ("validation", "test") for text in self.store.texts(name)]
+
+    def check_split(self) -> Report:
+        """Compare held-out documents and tokens with the training text, the run's and others'."""
+        store, found = self.store, self.found
+        contamination = preflight.check_contamination(self.path, store, self.known)
+        if self.config.split == "windows":
+            return contamination
+        report = split.check_split(store.texts("training"), self.held_out())
+        n = preflight.tokens_per_ngram(store)
+        if contamination.passed is False:  # also by an ancestor's text
+            report = replace(report, passed=False,
+                             summary=f"{report.summary} {contamination.summary}")
+        shared = split.shared_spans(store.train, store.validation, found.text.starts,
+                                    self.config.sequence_length + 1, n)[:, 1:]
+        parts = scores.loss_by_overlap(found.losses, shared)
+        if not parts["share"]:
+            return report
+        return replace(report, summary=(
             f"{report.summary} Of the scored tokens, {parts['share']:.2%} are in a run of {n} "
             f"tokens of training text; their loss is {parts['shared']:.2f} nats, and without them "
             f"the loss is {parts['new']:.4f} instead of {parts['all']:.4f}."))
-    reports = [report, preflight.check_lineage_of(store, lineage)]
-    if store.config.tokenizer == "train" and not store.config.init_from:
-        return [*reports, split.check_tokenizer(store.tokenizer, store.texts("training"), held_out)]
-    return [*reports, Report("tokenizer", None, "it was trained elsewhere, on unknown text.")]
 
+    def check_lineage(self) -> Report:
+        return preflight.check_lineage_of(self.store, self.known)
 
-def _check_record(config: RunConfig, again: float, step: int) -> Report:
-    """Check whether the run recorded the loss that its checkpoint has."""
-    recorded = next((record.get("val_loss") for record in reversed(read_records(config.run_dir))
-                     if record.get("kind") == "eval" and record.get("step") == step), None)
-    if not isinstance(recorded, int | float):
-        return Report("record", None, f"the run has no recorded score at step {step}.")
-    return Report("record", abs(recorded - again) < 0.01,
-                  f"at step {step} the run recorded {recorded:.6f} nats; measured again from its "
-                  f"checkpoint: {again:.6f}.", numbers={"recorded": recorded, "again": again})
+    def check_tokenizer(self) -> Report:
+        if self.config.tokenizer == "train" and not self.config.init_from:
+            return split.check_tokenizer(self.store.tokenizer, self.store.texts("training"),
+                                         self.held_out())
+        return Report("tokenizer", None, "it was trained elsewhere, on unknown text.")
+
+    def check_record(self) -> Report:
+        """Check whether the run recorded the loss that its checkpoint has."""
+        step, again = checkpoint.verify(self.path)["step"], self.found.summary()["val_loss"]
+        records = reversed(read_records(self.config.run_dir))
+        recorded = next((record.get("val_loss") for record in records
+                         if record.get("kind") == "eval" and record.get("step") == step), None)
+        if not isinstance(recorded, int | float):
+            return Report("record", None, f"the run has no recorded score at step {step}.")
+        return Report("record", abs(recorded - again) < 0.01,
+                      f"at step {step} the run recorded {recorded:.6f} nats; measured again from "
+                      f"its checkpoint: {again:.6f}.",
+                      numbers={"recorded": recorded, "again": again})
+
+    def check_sample(self) -> Report:
+        losses = self.found.losses
+        return scores.check_sample(self.found.summary(), len(losses), losses.numel(),
+                                   self.found.text.unit)
+
+    def check_evaluation(self) -> Report:
+        return preflight.check_evaluation_of(self.model, self.found.text.windows)
+
+    def check_profile(self) -> Report:
+        loss, accuracy = self.found.losses.mean(0), self.found.correct.double().mean(0)
+        report = scores.check_profile(loss, accuracy)
+        curves = {"losses": loss.tolist(), "accuracies": accuracy.tolist()}
+        return replace(report, numbers=report.numbers | curves)
 
 
 def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, Any]]:

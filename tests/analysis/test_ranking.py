@@ -8,6 +8,7 @@ import pytest
 from evaluations import documents, write_evaluation
 
 from lmlib.analysis import ranking
+from lmlib.errors import UserError
 
 
 def run(folder, name: str, seed, loss: float, text: str = "same", **config):
@@ -235,6 +236,53 @@ def test_few_documents_give_no_verdict(tmp_path):
     assert list(table["verdict"]) == ["best", "few documents"] and table.loc["b", "documents"] == 4
     [one] = ranking.pairs(models(tmp_path / "1", np.full(8, 0.5), count=1)).to_dict("records")
     assert one["verdict"] == "few documents" and math.isnan(one["± documents"])
+
+
+def test_the_verdict_is_one_sentence(tmp_path):
+    two = models(tmp_path / "two", np.full(8, 0.05))
+    assert ranking.verdict(two) == "b is worse than a."
+    third = [scored(tmp_path, f"c-seed{s}", s, [*(EASY + 1)], dropout=3) for s in (0, 1, 2)]
+    same = [
+        scored(tmp_path, f"d-seed{s}", s, [*(EASY + 0.002 * s + 0.001)], dropout=4)
+        for s in (0, 1, 2)
+    ]
+    other = [run(tmp_path, f"x-seed{s}", s, 5.0, text="another") for s in (0, 1)]
+    sentence = ranking.verdict([*two, *third, *same, *other])
+    assert sentence == (
+        "b is worse than 2 of 3 other models; c is worse than 3 of 3 other models; all other "
+        "differences are within the noise; not compared: x (other text)."
+    )
+    noise = models(tmp_path / "noise", np.array([0.5, 0, 0, 0, 0, 0, 0, 0.0]))
+    assert ranking.verdict(noise) == "The difference between the two models is within the noise."
+    few = ranking.verdict(models(tmp_path / "few", np.full(8, 0.5), count=4))
+    assert few == "1 difference without a verdict (few documents)."
+    assert ranking.verdict(two[:3]) == "There is nothing to compare: a."
+    assert ranking.verdict([]) == "No run is finished yet."
+    assert ranking.Verdict("<i>")._repr_html_().count("&lt;i&gt;") == 1
+
+
+def test_models_scored_on_other_text_are_in_bits_per_byte_and_warned_of(tmp_path):
+    best = models(tmp_path, np.full(8, 0.05))
+    other = run(tmp_path, "other", 0, 0.5, text="another")
+    records = (other / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(
+        records.replace('"val_loss": 0.5', '"val_loss": 0.5, "val_bits_per_byte": 2.75')
+    )
+    row = ranking.ranking([*best, other]).loc["other"]
+    assert math.isnan(row["validation loss"]) and row["bits per byte"] == 2.75
+    said = ranking.summary([*best, other])
+    assert "other: 2.750 bits per byte over 1 seed: other text" in said
+    assert "These runs differ in validation text" in said
+
+
+def test_a_folder_without_a_finished_run_says_what_to_run(tmp_path):
+    unfinished = run(tmp_path, "unfinished", 0, 1.0)
+    (unfinished / "results.json").unlink()
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"^There is no finished run.*lmlib sweep params/exp8_"):
+            ranking.sweep_runs(folder)
+    run(tmp_path, "finished", 1, 1.0)
+    assert len(ranking.sweep_runs(tmp_path)) == 2
 
 
 def test_runs_without_or_with_damaged_evaluation_files_get_no_verdict(tmp_path):

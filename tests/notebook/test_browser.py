@@ -3,6 +3,7 @@
 Screenshots are written to build/screenshots. Skipped on a machine without Chromium.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -59,7 +60,9 @@ def lab(trained, lab_folder):
         "curves", folder, "follow", run_name="trained", others=["followed"], **run
     )
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
-    jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir), **short)
+    jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir))
+    jupyter.copy_notebook("compare", folder, "no_sweep", output_dir=str(folder / "none"))
+    jupyter.copy_notebook("learning_rate", folder, output_dir=str(trained.output_dir), **short)
     jupyter.copy_notebook(
         "audit", folder, run_name="trained", leaky_dir=str(folder / "none"), **run
     )
@@ -161,8 +164,9 @@ def test_a_stop_is_calm_and_a_page_closed_during_the_run_shows_its_chart(browser
     [
         ("curves", "validation loss"),
         ("generate", "Once upon a time"),
-        ("compare", "Suggested:"),
-        ("audit", "pass       record"),
+        ("compare", "There is nothing to compare: trained"),
+        ("learning_rate", "Suggested:"),
+        ("audit", "trained: no leak found; all 11 checks passed."),
     ],
 )
 def test_the_other_notebooks_show_their_results(browser, lab, name, words):
@@ -355,15 +359,87 @@ def test_the_explorer_controls_curves_and_follows_a_run_until_it_is_killed(
     assert set(page.evaluate(hidden)) == {"followed"}
     explorer.locator("select").first.select_option("tokens trained")
     page.wait_for_function(
-        "document.querySelector('.js-plotly-plot').layout.xaxis4.title.text === 'tokens trained'"
+        """Object.values(document.querySelector('.js-plotly-plot').layout)
+        .some(axis => axis?.title?.text === 'tokens trained')"""
     )
+    explorer.get_by_label("followed").click()  # Cost compares two runs
     page.get_by_role("tab", name="Texts").click()
     page.get_by_text("trained, step 20").first.wait_for()
     page.screenshot(path=SCREENSHOTS / "explorer_texts.png")
-    for tab in ("By position", "Cost", "Experts"):
+    assert page.get_by_role("tab", name="Experts").count() == 0
+    for tab in ("By position", "Cost"):
         page.get_by_role("tab", name=tab).click()
         explorer.locator(".js-plotly-plot:visible .main-svg").first.wait_for()
         page.screenshot(path=SCREENSHOTS / f"explorer_{tab.replace(' ', '_').lower()}.png")
+    page.close()
+
+
+def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, trained):
+    """Runs are chosen from the list; the charts of a reloaded page agree with its controls."""
+    for name in ("second", "third"):
+        copy = trained.run_dir.parent / "more" / name
+        shutil.copytree(trained.run_dir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    environment = trained.run_dir.parent / "more" / "third" / "environment.json"
+    found = json.loads(environment.read_text())
+    found["data"]["tokenizer"] = "another"
+    environment.write_text(json.dumps(found))
+    page = ran(browser, lab, "curves")
+    page.set_viewport_size({"width": 1000, "height": 900})
+    chart = "document.querySelector('.js-plotly-plot')"
+    runs = f"{chart}.data.filter(t => t.visible !== false).map(t => t.legendgroup)"
+
+    page.get_by_placeholder("a part of a name").fill("MORE finished")
+    page.get_by_label("more/second").click()
+    page.wait_for_function(f"{runs}.includes('second')")
+    page.get_by_label("more/third").click()
+    warning = page.locator(".jp-OutputArea b", has_text="These runs differ in tokenizer")
+    warning.wait_for()
+    page.wait_for_function(f"{runs}.includes('third')")
+    page.get_by_label("more/third").click()
+    page.wait_for_function(f"!{runs}.includes('third')")
+    warning.wait_for(state="detached")
+    page.get_by_label("log loss").click()
+    page.wait_for_function(f"{chart}.layout.yaxis.type === 'log'")
+    page.screenshot(path=SCREENSHOTS / "explorer_narrow.png")
+    too_wide = """[...document.querySelectorAll('.jp-OutputArea-output')].filter(
+        e => e.querySelector('.noUi-handle')).flatMap(output => [output, ...output.querySelectorAll('*')]
+        .filter(e => !e.closest('svg, .noUi-target') && e.clientWidth && e.scrollWidth > e.clientWidth + 1
+            && !['INPUT', 'SELECT'].includes(e.tagName)).map(e => e.className + ' ' + e.scrollWidth))"""
+    assert page.evaluate(too_wide) == []
+    page.wait_for_function(f"{chart}._fullLayout.width <= {chart}.parentElement.clientWidth")
+    assert page.locator(".noUi-target").first.bounding_box()["width"] >= 120
+    page.get_by_role("tab", name="Cost").click()  # drawn while it was hidden
+    page.wait_for_timeout(4000)
+    print("DEBUG", page.evaluate("[...document.querySelectorAll('.widget-tab .js-plotly-plot')].map(p=>[p.clientWidth,p._fullLayout.width,p.layout.width,p.data.length])"), page.evaluate("[...document.querySelectorAll('.widget-tab .lm-TabBar-tab')].map(p=>p.innerText+p.className)"))
+    page.wait_for_function(
+        """[...document.querySelectorAll('.widget-tab .js-plotly-plot')].filter(p => p.clientWidth)
+        .every(p => Math.abs(p._fullLayout.width - p.clientWidth) <= 1)"""
+    )
+
+    jupyter.saved(page)
+    page.reload()
+    page.wait_for_selector(".js-plotly-plot .trace", state="attached", timeout=60_000)
+    page.wait_for_function(f"{chart}.layout.yaxis.type === 'log'")
+    assert set(page.evaluate(runs)) == {"trained", "second"}
+    assert page.get_by_label("log loss").is_checked()
+    assert page.get_by_label("more/second").is_checked()
+    assert not page.get_by_label("more/third").is_checked()
+    page.get_by_label("log loss").click()
+    page.wait_for_function(f"{chart}.layout.yaxis.type === 'linear'")
+    page.close()
+    shutil.rmtree(trained.run_dir.parent / "more")
+
+
+def test_compare_without_a_sweep_says_what_to_run_and_trains_nothing(browser, lab):
+    page = opened(browser, lab, "no_sweep")
+    run_all(page)
+    error = page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')
+    error.wait_for()
+    shown = error.inner_text().strip()
+    assert shown.count("\n") == 0 and "lmlib sweep params/exp8_small/*.yaml" in shown
+    assert "about a quarter of an hour" in shown
+    settled(page)
+    assert page.locator(".jp-OutputArea-output").count() == 1
     page.close()
 
 

@@ -11,7 +11,8 @@ import transformers
 
 import lmlib
 from lmlib import checkpoint
-from lmlib.analysis import figures, frames, ranking
+from lmlib.analysis import audit_page, figures, frames, ranking
+from lmlib.audit import Report
 from lmlib.audit.causality import pattern
 from lmlib.cli.parser import main
 from lmlib.data.corpus import content_hash
@@ -394,7 +395,65 @@ def test_a_run_is_audited_in_the_terminal_and_on_a_page(trained, capsys, tmp_pat
     )
     assert "measured again from its checkpoint" in lines[7] and lines[-1] == f"The page: {page}"
     text = page.read_text()
-    assert "all 11 checks passed" in text and "Plotly.newPlot" in text
+    assert "trained: no leak found; all 11 checks passed." in text and "Plotly.newPlot" in text
+
+
+def test_a_terminal_shows_each_verdict_in_color_with_its_number(trained, capsys, monkeypatch):
+    page = ["--page", str(trained.run_dir.parent / "audit.html")]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["audit", str(trained.run_dir), *page]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(" 3 of 11  \x1b[1;32mpass\x1b[0m       cache: ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["audit", str(trained.run_dir), *page]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_reports_come_as_their_checks_are_made(trained, monkeypatch):
+    """And a notebook shows them at once, in color, with the number that is left."""
+    found = audit(trained.run_dir)
+    reports = iter(found)
+    assert len(found) == 11 and next(reports).check == "causality"
+    shown = []
+
+    class Handle:
+        def update(self, bundle, raw):
+            shown.append(bundle)
+
+    def display(bundle, **options):
+        shown.append(bundle)
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    watched = audit_page.watch(found, trained.run_dir)
+    assert next(watched).check == "causality"
+    assert "1 of 11 checks made; now: batch independence" in shown[-1]["text/html"]
+    assert len(list(watched)) == 10
+    assert "pass       profile" in shown[-1]["text/plain"]
+    assert "trained: no leak found; all 11 checks passed." in shown[-1]["text/html"]
+
+
+def test_the_sentence_says_what_failed_and_what_could_not_be_made():
+    passed, failed, unknown = (
+        Report(check, verdict, "<i>")
+        for check, verdict in (("labels", True), ("causality", False), ("sample", None))
+    )
+    say = audit_page.verdict
+    assert say([passed, passed], "outputs/a") == "a: no leak found; all 2 checks passed."
+    assert say([passed, unknown], "a") == (
+        "a: no leak found; 1 of 2 checks passed, 1 could not be made (sample)."
+    )
+    assert say([passed, failed, unknown], "a") == (
+        "a: LEAKS; 1 of 3 checks passed, 1 failed (causality), 1 could not be made (sample)."
+    )
+    record = Report("record", False, "another score")
+    assert say([passed, record], "a").startswith("a: no leak found; 1 of 2 checks passed, 1 failed")
+    table = audit_page.table([passed, failed, unknown], "<b>")
+    assert "<i>" not in table and "<b>:" not in table and "LEAKS" in table
+    assert len({color for color in audit_page.COLORS.values() if color in table}) == 3
+    figure = audit_page.figure([passed], "no_mask <b>")
+    assert "<b>no_mask &lt;b&gt;</b>" in {note.text for note in figure.layout.annotations}
 
 
 def test_a_leaky_run_fails_its_audit(leaky, capsys):

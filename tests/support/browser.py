@@ -270,7 +270,7 @@ def use_playground(page: Any):
 
 def use_explorer(page: Any):
     """Open each tab of the explorer."""
-    for tab in ("By position", "Cost", "Experts"):
+    for tab in ("By position", "Cost", "Experts"):  # of hostile runs, which have experts
         page.get_by_role("tab", name=tab).click()
         page.locator(".js-plotly-plot:visible .main-svg").first.wait_for()
     page.get_by_role("tab", name="Texts").click()
@@ -314,8 +314,7 @@ def copy_hostile_notebooks(folder: Path):
     )
     copy_notebook("curves", folder, others=others, **run)
     copy_notebook("generate", folder, prompts=[TEXTS[n] for n in HOSTILE], **run)
-    short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
-    copy_notebook("compare", folder, output_dir=str(outputs), **short)
+    copy_notebook("compare", folder, output_dir=str(outputs))
     copy_notebook("audit", folder, leaky_dir=str(folder / "none"), **run)
 
 
