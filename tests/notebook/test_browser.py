@@ -409,8 +409,6 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     page.wait_for_function(f"{chart}._fullLayout.width <= {chart}.parentElement.clientWidth")
     assert page.locator(".noUi-target").first.bounding_box()["width"] >= 120
     page.get_by_role("tab", name="Cost").click()  # drawn while it was hidden
-    page.wait_for_timeout(4000)
-    print("DEBUG", page.evaluate("[...document.querySelectorAll('.widget-tab .js-plotly-plot')].map(p=>[p.clientWidth,p._fullLayout.width,p.layout.width,p.data.length])"), page.evaluate("[...document.querySelectorAll('.widget-tab .lm-TabBar-tab')].map(p=>p.innerText+p.className)"))
     page.wait_for_function(
         """[...document.querySelectorAll('.widget-tab .js-plotly-plot')].filter(p => p.clientWidth)
         .every(p => Math.abs(p._fullLayout.width - p.clientWidth) <= 1)"""
