@@ -1,10 +1,10 @@
 """Update the outputs in the committed notebooks: `make notebooks`, after `make train`.
 
-    python docs/publish_notebooks.py [train curves generate compare audit learning_rate]
+    python docs/publish_notebooks.py [train index curves generate compare audit learning_rate app]
 
 train.ipynb gets the outputs of outputs/quickstart/train.ipynb. The others are executed here:
 
-- curves and generate on the quickstart run;
+- index on all runs in outputs/, curves and generate on the quickstart run;
 - audit on it and on outputs/exp9_seed_small:
   `lmlib sweep params/exp9_seed_small/*.yaml`
 - learning_rate trains what it shows;
@@ -41,7 +41,8 @@ METADATA = {
 
 def main():
     notebooks = PROJECT_ROOT / "notebooks"
-    chosen = sys.argv[1:] or ["train", "curves", "generate", "compare", "audit", "learning_rate"]
+    every = ["index", "curves", "generate", "compare", "audit", "learning_rate", "app"]
+    chosen = sys.argv[1:] or ["train", *every]
     if "train" in chosen:
         publish(PROJECT_ROOT / "outputs" / "quickstart" / "train.ipynb", notebooks / "train.ipynb")
     with tempfile.TemporaryDirectory() as folder:

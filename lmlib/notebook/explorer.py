@@ -84,6 +84,7 @@ class Explorer:
             "grid_template_columns": "minmax(230px, 2fr) minmax(280px, 3fr)", "width": "100%"})
         self.box = w.VBox([controls, self.rows, self.warning, self.tabs],
                           layout={"width": "100%", "max_width": "1280px"})
+        self.box.add_class("lmlib-explorer")
         self.box._view_count = 0  # else None; JupyterLab counts the places where it is shown
         threading.Thread(target=self._follow, daemon=True).start()
 
