@@ -32,7 +32,7 @@ def main():
 def opened(chromium: Any, address: str, notebook: str, place: str) -> tuple[Any, Any]:
     """Run a notebook and scroll to a part of it; returns the page and that part."""
     page = jupyter.ran(chromium, address, notebook)
-    page.set_viewport_size({"width": 1400, "height": 900})
+    page.set_viewport_size({"width": 1400, "height": 1500})
     page.keyboard.press("Control+b")  # closes the list of files
     page.locator(".jp-FileBrowser").wait_for(state="hidden")
     box = page.locator(place)

@@ -78,11 +78,13 @@ def results(run_dirs: Iterable[str | Path] | str | Path | pd.DataFrame) -> Table
 def formatted(frame: pd.DataFrame, caption: str = "", best: Iterable[str] = BEST) -> Table:
     """Return a frame as a table: numbers without e-notation, an en dash where one is missing.
 
-    The best value of each of the columns `best` is in bold; rows that leak, or were scored on other
-    text, do not count. `caption`, a warning for instance, stands above.
+    Columns without any value are left out. The best value of each of the columns `best` is in
+    bold; rows that leak, or were scored on other text, do not count. `caption`, a warning for
+    instance, stands above.
     """
     named = any(name is not None for name in frame.index.names)
     frame = frame.reset_index() if named else frame
+    frame = frame.loc[:, frame.notna().any() | frame.empty]
     cells = pd.DataFrame({str(name): [_cell(str(name), value) for value in frame[name]]
                           for name in frame}, index=frame.index, dtype=object)
     bold = {(row, str(name)) for name in set(best) & set(frame) for row in _best_rows(frame, name)}

@@ -132,3 +132,9 @@ def test_the_interval_of_a_card_needs_two_documents():
     assert tables.interval_half(0.1, 2) == pytest.approx(1.27062, rel=1e-4)
     assert all(math.isnan(tables.interval_half(*pair)) for pair in ((0.1, 1), (math.nan, 9)))
     assert frames.FEW > 2  # fewer have a note
+
+
+def test_columns_without_any_value_are_left_out():
+    table = tables.formatted(pd.DataFrame({"model": ["a", "b"], "test loss": [None, float("nan")]}))
+    assert "model" in table.html and "test loss" not in table.html + repr(table)
+    assert "test loss" in tables.formatted(pd.DataFrame({"test loss": []})).html
