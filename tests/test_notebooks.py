@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -81,8 +83,10 @@ def test_the_parameters_cell_lists_every_parameter_with_runconfigs_comment():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_by_papermill(path, trained, tmp_path):
     """curves, generate, compare and audit read finished runs; the others train their own."""
-    run_name = "notebook" if path.stem == "train" else "trained"
-    parameters = {"output_dir": str(trained.output_dir), "run_name": run_name}
+    run_name, runs = "notebook" if path.stem == "train" else "trained", tmp_path / "runs"
+    shutil.copytree(trained.run_dir, runs / "trained")
+    (runs / ".tokens").symlink_to(Path(trained.output_dir) / ".tokens")
+    parameters = {"output_dir": str(runs), "run_name": run_name}
     if path.stem == "learning_rate":
         parameters |= {"rate_recipe": str(SMOKE), "rate_steps": "20", "confirm_steps": "3"}
     command = ["papermill", path, tmp_path / "out.ipynb", "-f", SMOKE, "--no-progress-bar"]
@@ -103,7 +107,7 @@ def test_notebooks_run_by_papermill(path, trained, tmp_path):
             and "Val Loss:" in shown
             and "**HAMLET**" in shown
         )
-        assert (trained.run_dir.parent / "notebook" / "training_curves.png").exists()
+        assert (runs / "notebook" / "training_curves.png").exists()
     if path.stem == "generate":
         assert (
             "Checkpoints: 5 10 15 20" in shown

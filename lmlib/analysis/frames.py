@@ -91,7 +91,7 @@ def find_runs(output_dir: str | Path, nested: bool = False) -> list[Path]:
 
 def _records(file: Path) -> tuple[list[dict[str, Any]], int]:
     """Return a file's records, their timing merged in, and the number of lines that are invalid."""
-    text = file.read_bytes().decode("utf-8", "replace").removesuffix("\n") if file.exists() else ""
+    text = file.read_bytes().decode("utf-8", "replace").removesuffix("\n") if file.is_file() else ""
     text = text.replace('"utilisation":', '"utilization":')  # the spelling of earlier versions
     lines = text.split("\n") if text else []
     collecting = gc.isenabled()

@@ -21,8 +21,8 @@ from lmlib.text import printable
 
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-BADGES = {"running": "#0072B2", "finished": "#00795A", "stopped": "#6B6B6B", "empty": "#6B6B6B",
-          "died": "#B34E00"}  # white text reads on them
+BADGES = {"running": "#0072B2", "finished": "#00795A", "stopped": "#A65E00", "died": "#C0392B",
+          "empty": "#6B6B6B"}  # white text reads on them
 LINE = "border-bottom: 1px solid rgba(128, 128, 128, .3)"
 BOX = ("font-family: system-ui, -apple-system, 'Segoe UI', sans-serif; font-size: 13px; "
        "overflow-x: auto")
@@ -107,7 +107,7 @@ def formatted(frame: pd.DataFrame, caption: str = "", best: Iterable[str] = BEST
 
 def badge(state: str) -> str:
     """Return a run's state as a colored badge in HTML."""
-    color = BADGES.get(state, BADGES["stopped"])
+    color = BADGES.get(state, BADGES["empty"])
     return (f"<span style='background: {color}; color: #fff; border-radius: 9px; "
             f"padding: 1px 9px; font-size: 12px; white-space: nowrap'>"
             f"{html.escape(printable(state))}</span>")

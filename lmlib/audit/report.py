@@ -39,11 +39,6 @@ class Report:
     def __str__(self) -> str:  # a summary may quote untrusted text
         return printable(f"{self.verdict:<10} {self.check}: {self.summary}")
 
-    def colored(self) -> str:
-        """Return the line of `str` for a terminal: the verdict in green, yellow or red."""
-        color = {True: 32, False: 31, None: 33}[self.passed]
-        return str(self).replace(self.verdict, f"\x1b[1;{color}m{self.verdict}\x1b[0m", 1)
-
 
 def leaks_above(changes: Tensor, length: int, mode: str) -> list[Leak]:
     """Return the pairs (t, s) of changes (T, T) that exceed TOLERANCE; NaN does."""

@@ -1,7 +1,6 @@
 """lmlib audit, checkpoints, runs, stop, clean."""
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,12 +20,13 @@ def audit(options: argparse.Namespace) -> int:
     if page and (page.suffix != ".html" or not page.absolute().parent.is_dir()):
         raise UserError(f"--page {page} must end in .html and lie in a folder that exists.")
     from lmlib.run import run_audit
-    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     found, reports = run_audit.audit(options.source, options.step), []
+    colors = {True: "green", False: "red", None: "yellow"}
     for report in found:
         reports.append(report)
-        number = f"{len(reports):>2} of {len(found)}  " if colored else ""
-        print(f"{number}{report.colored() if colored else report}", flush=True)
+        number = f"{len(reports):>2} of {len(found)}  " if sys.stdout.isatty() else ""
+        verdict = paint(report.verdict, colors[report.passed])
+        print(f"{number}{str(report).replace(report.verdict, verdict, 1)}", flush=True)
     folder = resolve_path(options.source)
     if page or (folder / "checkpoints").is_dir():
         page = page or folder / "audit.html"

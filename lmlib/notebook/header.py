@@ -6,18 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lmlib.analysis import tables
 from lmlib.files import PROJECT_ROOT, display_path
 from lmlib.intervals import Estimate
 from lmlib.leaks import LEAKY_NAME, known_leaks
 from lmlib.text import printable
 
-COLORS = {"running": "#0072B2", "finished": "#00795A", "stopped": "#A65E00", "died": "#C0392B"}
 # In JupyterLab the chart's image gives way to the live widget, and comes back where the widget is
 # lost: on a page that was closed and opened again.
 STYLE = """<style>
 .lmlib-head { font-family: var(--jp-ui-font-family, sans-serif); max-width: 864px;
   font-size: 13px; color: var(--jp-ui-font-color1, inherit); padding: 4px 0 }
-.lmlib-head .state { color: white; border-radius: 9px; padding: 2px 10px; font-weight: 600 }
 .lmlib-head .run { font-weight: 600; margin-left: 8px }
 .lmlib-head .bar { height: 6px; border-radius: 3px; margin: 10px 0; overflow: hidden;
   background: rgba(128, 128, 128, .25) }
@@ -41,7 +40,8 @@ def header(run_dir: Path, state: str, latest: dict[str, dict[str, Any]], total: 
            note: str) -> dict[str, str]:
     """Return the head of a run's page as a notebook's output, HTML and plain text.
 
-    `state` is a key of COLORS, `latest` the newest record of each kind, `note` a line of HTML.
+    `state` is a key of `tables.BADGES`, `latest` the newest record of each kind, `note` a line
+    of HTML.
     """
     total = _number(total)
     step = max((_number(record.get("step")) or 0 for record in latest.values()), default=0)
@@ -50,10 +50,10 @@ def header(run_dir: Path, state: str, latest: dict[str, dict[str, Any]], total: 
     boxes = "".join(f"<div class='tile'><small>{label}</small><b>{value}</b><small>{more}"
                     "</small></div>" for label, value, more in rows)
     name = printable(run_dir.name) + (LEAKY_NAME if known_leaks(run_dir) else "")
-    color = f"background: {COLORS[state]}"
+    color = f"background: {tables.BADGES[state]}"
     plain = [state, *(f"{label} {value}" for label, value, _ in rows)]
     return {"text/html":
-            f"{STYLE}<div class='lmlib-head'><span class='state' style='{color}'>{state}</span>"
+            f"{STYLE}<div class='lmlib-head'><span class='state'>{tables.badge(state)}</span>"
             f"<span class='run'>{html.escape(name)}</span><div class='bar' role='progressbar' "
             f"aria-valuenow='{done:.0%}'><div style='{color}; width: {done:.2%}'></div></div>"
             f"<div class='tiles'>{boxes}</div><div class='note'>{note}</div></div>",

@@ -341,6 +341,8 @@ def test_overview_lists_runs_of_sweeps_too_newest_first(tmp_path, trained):
     bits = json.loads((trained.run_dir / "results.json").read_text())["val_bits_per_byte"]
     assert table.loc["a", "bits per byte"] == bits and table.loc["a", "total"] == 20
     assert pd.isna(table.loc["c", "date"])
+    (tmp_path / "d" / "metrics.jsonl").mkdir(parents=True)
+    assert "d" in frames.overview(tmp_path).index
     assert frames.overview(tmp_path / "nothing here").empty
 
 
