@@ -66,7 +66,8 @@ def publish(executed: Path, committed: Path):
             )
         cell.outputs = [clean(output, number) for output in source.outputs]
         cell.execution_count = number
-    book.metadata = nbformat.from_dict(METADATA)
+    title = {name: value for name, value in book.metadata.items() if name == "title"}
+    book.metadata = nbformat.from_dict(METADATA | title)
     nbformat.write(book, committed)
 
 

@@ -60,7 +60,7 @@ def lab(trained, lab_folder):
         "curves", folder, "follow", run_name="trained", others=["followed"], **run
     )
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
-    jupyter.copy_notebook("compare", folder, output_dir=str(trained.output_dir))
+    jupyter.copy_notebook("compare", folder, output_dir=str(folder / "outputs"))
     jupyter.copy_notebook("compare", folder, "no_sweep", output_dir=str(folder / "none"))
     jupyter.copy_notebook("learning_rate", folder, output_dir=str(trained.output_dir), **short)
     jupyter.copy_notebook(
