@@ -106,11 +106,12 @@ def formatted(frame: pd.DataFrame, caption: str = "", best: Iterable[str] = BEST
 
 
 def badge(state: str) -> str:
-    """Return a run's state as a colored badge in HTML."""
+    """Return a run's state as a colored badge in HTML, and the notes behind it ("died; ...")."""
+    state, _, notes = state.partition("; ")
     color = BADGES.get(state, BADGES["empty"])
     return (f"<span style='background: {color}; color: #fff; border-radius: 9px; "
             f"padding: 1px 9px; font-size: 12px; white-space: nowrap'>"
-            f"{html.escape(printable(state))}</span>")
+            f"{html.escape(printable(state))}</span> {html.escape(printable(notes))}").rstrip()
 
 
 def interval_half(stderr: float, documents: float) -> float:
@@ -179,6 +180,8 @@ def _cell(name: str, value: Any) -> str:
         return printable(str(value))
     if pd.isna(value) or not np.isfinite(value):
         return MISSING
+    if (name == "accuracy" and value > 0.99) or (name == "perplexity" and value < 10):
+        return f"{value:.2%}".replace("%", " %") if name == "accuracy" else f"{value:.3f}"
     if name in FORMATS:
         return FORMATS[name].format(value).replace("-", "−").replace("%", " %")
     if name == "FLOPs" and value >= 1e6:

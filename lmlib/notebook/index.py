@@ -41,7 +41,7 @@ def runs(output_dir: str | Path) -> tables.Table:
                  f"{row['steps']:,}",
                  f"{row['bits per byte']:.3f}" if pd.notna(row["bits per byte"]) else "–",
                  sparkline([] if losses is None else losses.dropna().tolist()), _links(folder),
-                 html.escape(printable(row["notes"]))]
+                 f"<span style='white-space: normal'>{html.escape(printable(row['notes']))}</span>"]
         lines.append("".join(f"<td {CELL}>{cell}</td>" for cell in cells))
     heads = ["run", "state", "started", "steps", "bits per byte", "curve", "open", ""]
     head = "".join(f"<th {CELL}>{name}</th>" for name in heads)

@@ -138,3 +138,14 @@ def test_columns_without_any_value_are_left_out():
     table = tables.formatted(pd.DataFrame({"model": ["a", "b"], "test loss": [None, float("nan")]}))
     assert "model" in table.html and "test loss" not in table.html + repr(table)
     assert "test loss" in tables.formatted(pd.DataFrame({"test loss": []})).html
+
+
+def test_scores_near_their_limits_keep_the_digits_that_tell_them_apart():
+    shown = tables.formatted(
+        pd.DataFrame({"accuracy": [0.9995, 0.268], "perplexity": [1.003, 61.6]})
+    )
+    assert all(text in shown.html for text in ("99.95 %", "26.8 %", "1.003", "61.6"))
+
+
+def test_a_badge_holds_the_state_alone():
+    assert re.search(r">died</span> it LEAKS \(&lt;b&gt;\)$", tables.badge("died; it LEAKS (<b>)"))
