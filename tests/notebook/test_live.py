@@ -38,14 +38,18 @@ def test_an_error_in_drawing_is_reported_once_and_training_goes_on(
     assert "\x1b" not in said
 
 
-def test_records_that_cannot_be_read_cost_the_chart_too(smoke, capsys):
-    """A damaged file of an earlier session: a folder where metrics.jsonl belongs."""
+def test_records_that_cannot_be_read_cost_the_chart_too(smoke, capsys, monkeypatch):
+    """As where the disk that holds metrics.jsonl fails."""
     config = smoke()
 
+    def refuse(run_dirs):
+        raise OSError(5, "Input/output error")
+
     def records():
-        (config.run_dir / "metrics.jsonl").mkdir(parents=True)
+        config.run_dir.mkdir(parents=True)
         yield from made
 
+    monkeypatch.setattr("lmlib.analysis.frames.read_runs", refuse)
     made = [Record("checkpoint", step, {"path": "p"}, {}) for step in range(3)]
     assert list(watch(records(), config.run_dir)) == made
     assert capsys.readouterr().out.count("The chart is left out") == 1

@@ -404,7 +404,7 @@ def test_a_terminal_shows_each_verdict_in_color_with_its_number(trained, capsys,
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert main(["audit", str(trained.run_dir), *page]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith(" 3 of 11  \x1b[1;32mpass\x1b[0m       cache: ")
+    assert lines[2].startswith(" 3 of 11  \x1b[32mpass\x1b[0m       cache: ")
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["audit", str(trained.run_dir), *page]) == 0
     assert "\x1b" not in capsys.readouterr().out
