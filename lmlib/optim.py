@@ -1,7 +1,7 @@
 """Optimizers: Muon for the matrices inside layers, AdamW for the rest; and their schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (E, rows, columns)."""
+    """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (N, rows, columns)."""
     # Five quintic Newton-Schulz steps bring every singular value to between 0.7 and 1.2. The
     # coefficients are Keller Jordan's ("Muon", 2024): fast near zero rather than exact near one.
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -33,31 +33,77 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + multiply_add(gram, gram, gram, beta=b, alpha=c) @ x
+        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
 
 
 class Muon(Optimizer):
-    """Nesterov momentum with orthogonalized updates (Keller Jordan, 2024), decoupled decay."""
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+    """Nesterov momentum with orthogonalized updates (Keller Jordan, 2024), decoupled decay.
+
+    Matrices of equal shape are updated together, in stacks: few kernels rather than hundreds.
+    Where the attribute `found_inf` is set, a step at which it is 1 changes nothing, bit for bit, as
+    in torch's fused optimizers.
+    """
+    STACK = 2**26  # most elements of a stack: bounds the memory that an update takes
+    found_inf: Tensor | None = None
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float,
+                 momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for matrix in group["params"]:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(state["momentum"], group["momentum"])
-                # bfloat16 is precise enough for Newton-Schulz, but slow on CPUs.
-                dtype = torch.bfloat16 if matrix.is_cuda else torch.float32
-                update = orthogonalize(update, dtype).to(matrix.dtype)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                # One learning rate serves matrices of every shape with this scale.
-                scale = max(1.0, matrix.shape[-2] / matrix.shape[-1]) ** 0.5
-                matrix.add_(update, alpha=-group["lr"] * scale)
+            parameters, lr = group["params"], group["lr"]
+            skip = None if self.found_inf is None else self.found_inf > 0
+            decay = 1 - lr * group["weight_decay"]
+            decay = decay if skip is None else torch.where(skip, 1.0, decay)
+            torch._foreach_mul_(parameters, decay)
+            for same in self._stacks(parameters):
+                self._update(same, lr, group["momentum"], skip)
+
+    def _update(self, parameters: list[Tensor], lr: float, momentum: float, skip: Tensor | None):
+        """Update parameters of one shape: (rows, columns), or (E, rows, columns)."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        states = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients, means = _stack([p.grad for p in parameters]), _stack(states)
+        new_means = means.lerp(gradients, 1 - momentum)
+        update = gradients.lerp_(new_means, momentum)
+        # bfloat16 is precise enough for Newton-Schulz, but slow on CPUs.
+        dtype = torch.bfloat16 if update.is_cuda else torch.float32
+        update = orthogonalize(update, dtype).to(means.dtype)
+        if skip is not None:
+            new_means = torch.where(skip, means, new_means)
+            update = update.masked_fill_(skip, 0.0)  # x - lr * 0 is x, bit for bit
+        # One learning rate serves matrices of every shape with this scale.
+        scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+        torch._foreach_copy_(states, _unstack(new_means, states))
+        torch._foreach_add_(parameters, _unstack(update, states), alpha=-lr * scale)
+
+    def _stacks(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Group parameters of one shape and dtype, up to `STACK` elements but one at least."""
+        kinds = {}
+        for parameter in parameters:
+            kinds.setdefault((parameter.shape, parameter.dtype), []).append(parameter)
+        for same in kinds.values():
+            count = max(1, self.STACK // same[0].numel())
+            yield from (same[n : n + count] for n in range(0, len(same), count))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Return matrices, or stacks of them, as one stack: (N, rows, columns); a single one as is."""
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    return torch.cat(tensors) if tensors[0].dim() == 3 else torch.stack(tensors)
+
+
+def _unstack(stack: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Undo `_stack`."""
+    if len(like) == 1:
+        return [stack]
+    return list(stack.split(len(like[0])) if like[0].dim() == 3 else stack.unbind())
 
 
 def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:

@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,12 @@ from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.deadline import Deadline
-from lmlib.run.device import numerics
+from lmlib.run.device import numerics, send
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.prepare import ARITHMETIC_VERSION, Run, prepare, record_start
 from lmlib.run.records import Record, measured_on, model_name
 from lmlib.run.start import Start, find_start, open_store
+from lmlib.run.updates import Update
 
 SPIKE_WINDOW = 30  # recent losses that a spike is measured against
 PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # of the sample after each evaluation
@@ -109,22 +110,24 @@ def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> It
     if run.is_closed and progress.step < last:
         return  # nothing to save yet
     for step in range(progress.step + 1, last + 1):
-        lr_factor = optim.schedule(step, last, config.warmup_ratio)
         run.saver.check()  # a failed save stops the run here, not at the next checkpoint
-        update = apply_update(run, step, lr_factor)
+        apply_update(run, step, lr_factor := optim.schedule(step, last, config.warmup_ratio))
         progress.step = step
-        yield from update_records(run, update, lr_factor)
-        if step % config.eval_every == 0 or step == last:
+        is_logged, is_scored, is_saved = (step % every == 0 or step == last for every in (
+            config.log_every, config.eval_every, config.checkpoint_every))
+        if is_logged or is_scored or is_saved:
+            yield from read_updates(run, lr_factor if is_logged else None)
+        if is_scored:
             yield from evaluate(run)
-        is_due = step % config.checkpoint_every == 0 or step == last
-        if is_due:
+        if is_saved:
             record = emit(run, "checkpoint", {
                 "path": f"checkpoints/checkpoint_step_{step}",
                 "val_loss": progress.scores["val_loss"], "val_loss_step": progress.scored})
             save(run, scheduled=True)
             yield record
         if step < last and (reason := _why_stop(run, stop_reason, deadline)):
-            if not is_due:
+            if not is_saved:
+                yield from read_updates(run)
                 save(run, scheduled=False)
             run.saver.wait()
             raise Stopped(f"Stopped at step {step} of {last} ({reason}). The checkpoint is saved; "
@@ -140,37 +143,27 @@ def _why_stop(run: Run, stop_reason: Callable[[], str], deadline: Deadline) -> s
     return asked or ("max_hours" if is_near else "")
 
 
-def emit(run: Run, kind: str, values: dict[str, Any], **timing: Any) -> Record:
-    """Append a record of the current step to metrics.jsonl."""
+def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
+         **timing: Any) -> Record:
+    """Append a record of a step, by default the current one, to metrics.jsonl."""
     timing = {"seconds": round(run.throughput.seconds(), 3), **timing}
-    record = Record(kind, run.progress.step, values, timing)
+    record = Record(kind, run.progress.step if step is None else step, values, timing)
     run.metrics.append(record)
     return record
 
 
 # ---- One update ----
 
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer update, or the attempt at it, measured."""
-    loss: float
-    grad_norm: float
-    halved: list[int]  # micro-batch sizes tried after running out of memory
+def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
+    """Make update `step` at `lr_factor` of the peak rates; returns its loss, () on the device.
 
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-def apply_update(run: Run, step: int, lr_factor: float) -> Update:
-    """Make update `step` at `lr_factor` of the peak learning rates.
-
-    A loss or gradient norm that is not finite changes nothing. On CUDA, running out of memory
-    halves the micro-batch until the batch fits.
+    A loss or gradient norm that is not finite changes nothing, and where `on_nonfinite` is "stop"
+    blocks all later updates. The device decides that: the host waits for it in `read_updates`
+    alone. On CUDA, running out of memory halves the micro-batch until the batch fits.
     """
-    progress, halved = run.progress, []
+    progress = run.progress
     optim.set_learning_rates(run.optimizers, lr_factor)
-    run.throughput.start_update()
+    run.throughput.start_updates()
     while True:
         try:
             loss = accumulate_gradients(
@@ -181,36 +174,36 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Update:
             if progress.micro_batch_size == 1:
                 raise
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
-            halved.append(progress.micro_batch_size)
+            run.updates.out_of_memory.append((step, progress.micro_batch_size))
         torch.cuda.empty_cache()  # after the handler, whose traceback holds the tensors
-    update = Update(loss, clip_gradients(run.model, run.config.grad_clip), halved)
-    if update.is_finite:
-        for optimizer in run.optimizers:
-            optimizer.step()
-        update_router_bias(run.model)
-    run.throughput.end_update()
-    return update
+    norm = clip_gradients(run.model, run.config.grad_clip)
+    found_inf = run.updates.add(step, loss, norm)
+    for optimizer in run.optimizers:
+        optimizer.found_inf = found_inf
+        optimizer.step()
+    update_router_bias(run.model, found_inf)
+    return loss
 
 
 def accumulate_gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int,
-                         step: int, dtype: torch.dtype) -> float:
+                         step: int, dtype: torch.dtype) -> Tensor:
     """Set the gradient of a batch's mean loss, `micro` windows at a time; returns the loss.
 
-    `ids` and `targets` are (batch_size, T).
+    `ids` and `targets` are (batch_size, T), the loss () in float64 on the model's device.
     """
     device = next(model.parameters()).device
     model.train()
     model.zero_grad(set_to_none=True)
     reset_router_load(model)
-    loss = 0.0
+    losses = []
     for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed(seed, step, number))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                part = model.loss(x.to(device), y.to(device)) * (len(x) / len(ids))
-            part.backward()
-        loss += part.item()
-    return loss
+                loss = model.loss(send(x, device), send(y, device)) * (len(x) / len(ids))
+            loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum(dtype=torch.float64)
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -218,38 +211,53 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int(state[0] >> np.uint64(1))  # torch takes 63 bits
 
 
-def clip_gradients(model: LanguageModel, limit: float) -> float:
-    """Scale the gradient down to norm `limit` (0: no limit); returns its norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
+def clip_gradients(model: LanguageModel, limit: float) -> Tensor:
+    """Scale the gradient down to norm `limit` (0: no limit); returns its norm before: ()."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
 
 
-def update_records(run: Run, update: Update, lr_factor: float) -> Iterator[Record]:
-    """Yield what an update has to report; raise `NonFinite` where `on_nonfinite` is "stop"."""
-    config, progress, step = run.config, run.progress, run.progress.step
-    loss, norm, recent = update.loss, update.grad_norm, progress.recent_losses
-    for micro_batch_size in update.halved:
-        yield emit(run, "out_of_memory", {"micro_batch_size": micro_batch_size})
-    if not update.is_finite:
-        yield emit(run, "nonfinite", {"loss": str(loss), "grad_norm": str(norm),
-                                      "windows": run.store.window_indices(step).tolist()})
-        if config.on_nonfinite == "stop":
-            raise NonFinite(
-                f"The loss ({loss}) or gradient norm ({norm}) of step {step} is not finite. No "
-                "weight was changed. Start a run with another run_name: from scratch with a lower "
-                "learning_rate, or from this run's last checkpoint (init_from, init_state: full) "
-                "with on_nonfinite: skip.")
-        progress.skipped = [*progress.skipped, step]
-        return
-    if is_spike(loss, recent):
-        yield emit(run, "spike", {"loss": loss, "usual_loss": sum(recent) / len(recent),
-                                  "grad_norm": norm})
-    progress.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
-    if step % config.log_every == 0 or step == config.total_steps:
+def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
+    """Yield what the updates since the last reading have to report, in the order of their steps.
+
+    With `lr_factor`, that of the last update, its loss is recorded. Raises `NonFinite` where
+    `on_nonfinite` is "stop".
+    """
+    config, progress, updates = run.config, run.progress, run.updates.read()
+    if updates:
+        run.throughput.end_updates(len(updates))
+    for step, size in run.updates.out_of_memory:
+        yield emit(run, "out_of_memory", {"micro_batch_size": size}, step)
+    run.updates.out_of_memory.clear()
+    for update in updates:
+        yield from _events(run, update)
+    if lr_factor is not None and updates[-1].is_finite:
         learning_rate = lr_factor * config.learning_rate
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
+        values = {"loss": updates[-1].loss, "learning_rate": learning_rate,
+                  "grad_norm": updates[-1].grad_norm}
         if config.feed_forward == "moe":
             values["expert_load"] = expert_load(run.model)
-        yield emit(run, "step", values, **run.throughput.since_last_log(step))
+        yield emit(run, "step", values, **run.throughput.since_last_log(progress.step))
+
+
+def _events(run: Run, update: Update) -> Iterator[Record]:
+    """Yield a record if an update was not finite or its loss is a spike."""
+    progress, step, loss = run.progress, update.step, update.loss
+    norm, recent = update.grad_norm, progress.recent_losses
+    if update.is_finite:
+        if is_spike(loss, recent):
+            yield emit(run, "spike", {"loss": loss, "usual_loss": sum(recent) / len(recent),
+                                      "grad_norm": norm}, step)
+        progress.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
+        return
+    yield emit(run, "nonfinite", {"loss": str(loss), "grad_norm": str(norm),
+                                  "windows": run.store.window_indices(step).tolist()}, step)
+    if run.config.on_nonfinite == "stop":
+        raise NonFinite(
+            f"The loss ({loss}) or gradient norm ({norm}) of step {step} is not finite. No weight "
+            "was changed by it or after it. Start a run with another run_name: from scratch with a "
+            "lower learning_rate, or from this run's last checkpoint (init_from, init_state: full) "
+            "with on_nonfinite: skip.")
+    progress.skipped = [*progress.skipped, step]
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:

@@ -35,6 +35,37 @@ def test_muon_matches_nesterov_momentum_written_by_hand():
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("elements", [1, 2**26])
+def test_muon_updates_stacks_like_single_matrices(elements, monkeypatch):
+    monkeypatch.setattr(optim.Muon, "STACK", elements)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (8, 24), (24, 8), (3, 8, 24), (3, 8, 24), (8, 8)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    expected = []
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+        scale = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
+        momentum = 0.05 * weight.grad
+        update = optim.orthogonalize(0.05 * weight.grad + 0.95 * momentum, torch.float32)
+        expected.append(weight.detach() * 0.99 - 0.1 * scale * update)
+    optim.Muon(weights, lr=0.1, weight_decay=0.1).step()
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(weights, expected, strict=True))
+
+
+def test_where_found_inf_is_one_nothing_changes():
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -0.0], [2.0, 0.0]]))
+    muon = optim.Muon([weight], lr=0.1, weight_decay=0.5)
+    weight.grad = torch.full((2, 2), math.nan)
+    muon.found_inf = torch.tensor(1.0)
+    muon.step()
+    assert weight.equal(torch.tensor([[1.0, -0.0], [2.0, 0.0]])) and weight.signbit()[0, 1]
+    assert not muon.state[weight]["momentum"].any()
+    weight.grad = torch.ones(2, 2)
+    muon.found_inf = torch.tensor(0.0)
+    muon.step()
+    assert weight.isfinite().all() and weight[0, 0] != 1.0
+
+
 def test_each_parameter_has_one_optimizer_and_only_matrices_decay():
     model = LanguageModel(
         RunConfig(vocab_size=300, tie_word_embeddings=False, attention_bias=True, q_lora_rank=32)

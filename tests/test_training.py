@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from lmlib import checkpoint, optim, training
 from lmlib.files import PROJECT_ROOT
 from lmlib.model import moe
 from lmlib.run.lock import hold_lock
+from lmlib.run.prepare import prepare
 from lmlib.run.records import read_records
 from lmlib.run.start import build_model, find_start, greeting, open_store
 
@@ -328,7 +330,7 @@ def test_gradients_of_micro_batches_sum_to_those_of_the_batch(smoke):
         loss = training.accumulate_gradients(
             model, ids[:, :-1], ids[:, 1:], micro, 0, 1, torch.float32
         )
-        grads.append((loss, [p.grad.clone() for p in model.parameters()]))
+        grads.append((float(loss), [p.grad.clone() for p in model.parameters()]))
     for loss, parameters in grads[1:]:
         assert loss == pytest.approx(grads[0][0], rel=1e-12)
         assert all(
@@ -496,6 +498,59 @@ def test_loss_that_is_not_finite_changes_no_weight(smoke, monkeypatch):
     (skipping.run_dir / "results.json").unlink()
     list(lmlib.train(skipping))
     assert fingerprint(skipping.run_dir) == before
+
+
+@pytest.mark.parametrize("feed_forward", ["mlp", "moe"])
+def test_after_a_loss_that_is_not_finite_nothing_changes_until_it_is_read(smoke, feed_forward):
+    config = smoke(total_steps=10, feed_forward=feed_forward)
+    run = prepare(find_start(config))
+    run.metrics = []  # no folder is written
+
+    def state():
+        tensors = {**run.model.state_dict(), **optim.state_tensors(run.model, run.optimizers)}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    training.apply_update(run, 1, 1.0)
+    before = state()
+    weight = run.model.model.norm.weight
+    handle = weight.register_hook(lambda grad: grad * math.inf)
+    training.apply_update(run, 2, 1.0)
+    handle.remove()
+    training.apply_update(run, 3, 1.0)  # finite, but blocked
+    after = state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(before[name].signbit().equal(after[name].signbit()) for name in before)
+    run.progress.step = 3
+    found = []
+    with pytest.raises(training.NonFinite, match="step 2 is not finite"):
+        found.extend(training.read_updates(run))
+    assert [(record.kind, record.step) for record in run.metrics] == [("nonfinite", 2)]
+
+
+def test_skipped_updates_block_no_later_ones(smoke):
+    config = smoke(total_steps=10, on_nonfinite="skip")
+    run = prepare(find_start(config))
+    run.metrics = []
+    handle = run.model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    training.apply_update(run, 1, 1.0)
+    handle.remove()
+    before = run.model.lm_head.weight.clone()
+    training.apply_update(run, 2, 1.0)
+    assert not torch.equal(before, run.model.lm_head.weight)
+    kinds = [(record.kind, record.step) for record in training.read_updates(run, 1.0)]
+    assert kinds[0] == ("nonfinite", 1) and kinds[-1][0] == "step"
+    assert run.progress.skipped == [1]
+
+
+def test_events_are_read_before_a_record_of_a_later_step(smoke, monkeypatch):
+    real = training.accumulate_gradients
+    monkeypatch.setattr(
+        training, "accumulate_gradients", lambda *a: real(*a) + (3.0 if a[5] == 33 else 0.0)
+    )
+    config = smoke(total_steps=60, log_every=20, eval_every=60, checkpoint_every=60)
+    records = list(lmlib.train(config))
+    kinds = [(r.kind, r.step) for r in records if r.kind in ("spike", "step")]
+    assert kinds == [("step", 20), ("spike", 33), ("step", 40), ("step", 60)]
 
 
 def test_running_out_of_gpu_memory_halves_the_micro_batch(smoke, monkeypatch):

@@ -18,7 +18,30 @@ from lmlib.config import RunConfig
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalization (arXiv:1910.07467) in float32, as the stock classes do."""
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
+        if torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu":
+            return Normalize.apply(x, self.weight)
         return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=1e-6).to(x.dtype)
+
+
+class Normalize(torch.autograd.Function):
+    """RMSNorm on a CPU, where torch has no fused kernel: 11 operators, not autograd's 20."""
+    epsilon = torch.tensor(1e-6)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # (..., C), (C,) -> (..., C)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
+        scale = torch.addcmul(Normalize.epsilon, norm, norm, value=1 / len(weight)).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale, weight)
+        return weight * y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y, scale, weight = ctx.saved_tensors
+        product = (grad * y).flatten(0, -2)  # (M, C)
+        along = (product @ weight).view_as(scale)
+        grad_x = torch.addcmul(grad * weight, y, along, value=-1 / len(weight)).mul_(scale)
+        return grad_x, product.sum(0)
 
 
 class Linear(nn.Linear):
@@ -71,20 +94,40 @@ class Cache:
 
 
 def rotary_angles(positions: Tensor, Dr: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return cosines and sines of rotary positions (arXiv:2104.09864), computed in float32."""
+    """Return rotary positions (arXiv:2104.09864) as complex numbers, computed in float32.
+
+    (T,) or (B, T) -> (2, T, 1, Dr / 2) or (2, B, T, 1, Dr / 2): the rotations and their inverses.
+    """
     even = torch.arange(0, Dr, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * (1.0 / theta ** (even / Dr))
-    angles = angles if positions.dim() == 1 else angles[:, None]  # (T, Dr / 2), (B, 1, T, Dr / 2)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+    angles = positions[..., None, None].float() * (1.0 / theta ** (even / Dr))
+    cos, sin = angles.cos(), angles.sin()
+    rotations = torch.stack((torch.complex(cos, sin), torch.complex(cos, -sin)))
+    return rotations.to(torch.complex128) if dtype == torch.float64 else rotations
 
 
 def rotate(x: Tensor, angles: Tensor, interleave: bool) -> Tensor:
-    """Rotate pairs of dimensions by `rotary_angles`: (B, H, T, Dr) -> (B, H, T, Dr)."""
-    # A pair is (x[0], x[1]) if interleaved, else (x[0], x[Dr / 2]). Either way the result holds the
-    # first of each pair, then the second: the same permutation of q and k leaves q k^T as it is.
-    cos, sin = angles
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotate pairs of dimensions by `rotary_angles`: (B, T, H, Dr) -> (B, T, H, Dr)."""
+    # A pair is (x[0], x[1]) if interleaved, else (x[0], x[Dr / 2]). Either way the result is
+    # interleaved: the same permutation of q and k leaves q k^T as it is.
+    pairs = x.unflatten(-1, (-1, 2)) if interleave else x.unflatten(-1, (2, -1)).mT
+    pairs = pairs if x.dtype == torch.float64 else pairs.float()
+    # A view as complex numbers needs the parts of each beside each other, at an even address.
+    if pairs.stride(-1) != 1 or any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):
+        pairs = pairs.contiguous()
+    rotated = Rotate.apply(torch.view_as_complex(pairs), *angles)
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+
+
+class Rotate(torch.autograd.Function):
+    """Multiply complex numbers by constants of size 1, whose inverses are given too."""
+    @staticmethod
+    def forward(ctx, x: Tensor, angles: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x * angles
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
@@ -131,32 +174,33 @@ class LatentAttention(nn.Module):
             q = self.q_proj(x)  # (B, T, H D)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = q.view(B, T, H, Dn + Dr).transpose(1, 2).split((Dn, Dr), dim=-1)
-        q_rope = rotate(q_rope, angles, c.rope_interleave)  # (B, H, T, Dr)
+        q_nope, q_rope = q.view(B, T, H, Dn + Dr).split((Dn, Dr), dim=-1)
+        q_rope = rotate(q_rope, angles, c.rope_interleave)  # (B, T, H, Dr)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((L, Dr), dim=-1)
         latent = self.kv_a_layernorm(latent)  # (B, T, L)
-        k_rope = rotate(k_rope[:, None], angles, c.rope_interleave)  # (B, 1, T, Dr)
+        k_rope = rotate(k_rope[:, :, None], angles, c.rope_interleave)  # (B, T, 1, Dr)
         if cache is not None:
-            new = torch.cat((latent, k_rope[:, 0]), dim=-1)  # (B, T, L + Dr)
+            new = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # (B, T, L + Dr)
             memory = cache.append(layer, new)  # (B, S, L + Dr)
             if T == 1:
-                return self.o_proj(self._decode(q_nope, q_rope, memory, mask))
-            latent, k_rope = memory[..., :L], memory[:, None, :, L:]
-        kv = self.kv_b_proj(latent).view(B, -1, H, Dn + Dv).transpose(1, 2)
-        k_nope, v = kv.split((Dn, Dv), dim=-1)  # (B, H, S, Dn), (B, H, S, Dv)
-        q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, D)
-        k = torch.cat((k_nope, k_rope.expand(B, H, -1, Dr)), dim=-1)  # (B, H, S, D)
+                return self.o_proj(self._decode(q_nope[:, 0], q_rope[:, 0], memory, mask))
+            latent, k_rope = memory[..., :L], memory[:, :, None, L:]
+        kv = self.kv_b_proj(latent).view(B, -1, H, Dn + Dv)
+        k_nope, v = kv.split((Dn, Dv), dim=-1)  # (B, S, H, Dn), (B, S, H, Dv)
+        q = torch.cat((q_nope, q_rope), dim=-1)  # (B, T, H, D)
+        k = torch.cat((k_nope, k_rope.expand(B, -1, H, Dr)), dim=-1)  # (B, S, H, D)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # heads before positions
         y = causal_attention(q, k, v, mask, c.causal_mask)  # (B, H, T, Dv)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * Dv))
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None):
-        """Attend from one token: (B, H, 1, Dn), (B, H, 1, Dr), (B, S, L + Dr) -> (B, 1, H Dv)."""
+        """Attend from one token: (B, H, Dn), (B, H, Dr), (B, S, L + Dr) -> (B, 1, H Dv)."""
         # kv_b_proj is linear: its half that makes keys moves into the query, its half that makes
         # values into the result, so the S latents are never expanded (section 2.1.2).
         H, L, Dn, Dr, Dv = self.sizes
         w_k, w_v = self.kv_b_proj.weight.view(H, -1, L).split((Dn, Dv), dim=1)  # (H, Dn or Dv, L)
-        q_latent = (q_nope[:, :, 0].transpose(0, 1) @ w_k).transpose(0, 1)  # (B, H, L)
-        q = torch.cat((q_latent, q_rope[:, :, 0]), dim=-1)  # (B, H, L + Dr)
+        q_latent = (q_nope.transpose(0, 1) @ w_k).transpose(0, 1)  # (B, H, L)
+        q = torch.cat((q_latent, q_rope), dim=-1)  # (B, H, L + Dr)
         scores = q @ memory.transpose(1, 2) * (Dn + Dr) ** -0.5  # (B, H, S)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, :, 0], -torch.inf)
@@ -177,9 +221,10 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
         (B, T, C), H = x.shape, self.config.num_attention_heads
-        q, k, v = (project(x).view(B, T, H, -1).transpose(1, 2)  # (B, H, T, D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (project(x).view(B, T, H, -1) for project in (self.q_proj, self.k_proj,
+                                                                self.v_proj))  # (B, T, H, D)
         q, k = rotate(q, angles, interleave=False), rotate(k, angles, interleave=False)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             new = torch.cat((k, v), dim=-1).transpose(1, 2).reshape(B, T, 2 * C)
             memory = cache.append(layer, new).unflatten(-1, (H, -1))  # (B, S, H, 2 D)

@@ -18,29 +18,30 @@ class HeadLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         matrix = weight.to(torch.get_autocast_dtype(device)) if autocast else weight
         need_grad = hidden.requires_grad or weight.requires_grad
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
         grad_weight = torch.zeros_like(weight) if need_grad else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        at_least_float32 = torch.promote_types(matrix.dtype, torch.float32)
+        found, grads = [], []  # log-probabilities of the targets, gradients of the hidden states
         for start in range(0, M, HeadLoss.rows):
             rows = slice(start, start + HeadLoss.rows)
             logits = F.linear(hidden[rows].to(matrix.dtype), matrix)  # (rows, V)
-            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
             log_probs = F.log_softmax(logits, dim=-1, dtype=at_least_float32)
             target = targets[rows, None]  # (rows, 1)
-            total -= log_probs.gather(1, target).sum(dtype=torch.float64)
-            if need_grad:  # d loss / d logits = (softmax - one-hot) / M
-                grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, target, torch.full_like(grad_logits[:, :1], -1.0))
-                grad_logits = (grad_logits / M).to(matrix.dtype)
-                grad_hidden[rows] = grad_logits @ matrix
+            found.append(log_probs.gather(1, target))
+            if need_grad:  # d (sum of losses) / d logits = softmax - one-hot
+                grad_logits = log_probs.exp_().scatter_(1, target, found[-1].expm1())
+                grad_logits = grad_logits.to(matrix.dtype)
+                grads.append(grad_logits @ matrix)
                 if matrix is weight:
                     grad_weight.addmm_(grad_logits.T, hidden[rows])
                 else:  # under autocast the sum over chunks stays in float32
                     grad_weight += grad_logits.T @ hidden[rows].to(matrix.dtype)
+        grad_hidden = torch.cat(grads).to(hidden.dtype) if need_grad else None
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return (total / M).to(torch.promote_types(hidden.dtype, torch.float32))
+        mean = -torch.cat(found).mean(dtype=torch.float64)
+        return mean.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad = grad / len(grad_hidden)  # of the mean
         return grad_hidden * grad, grad_weight * grad, None

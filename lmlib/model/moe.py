@@ -103,11 +103,15 @@ def reset_router_load(model: nn.Module):
         router.load = torch.zeros_like(router.e_score_correction_bias, dtype=torch.long)
 
 
-def update_router_bias(model: nn.Module):
-    """Lower the bias of experts whose load in this update was above the mean; raise the others."""
+def update_router_bias(model: nn.Module, found_inf: Tensor | None = None):
+    """Lower the bias of experts whose load in this update was above the mean; raise the others.
+
+    Where `found_inf` is 1 nothing changes.
+    """
+    speed = BIAS_UPDATE_SPEED * (1.0 if found_inf is None else 1.0 - found_inf)
     for router in routers(model):
         load = router.load.double()
-        router.e_score_correction_bias += BIAS_UPDATE_SPEED * torch.sign(load.mean() - load).float()
+        router.e_score_correction_bias += speed * torch.sign(load.mean() - load).float()
 
 
 def expert_load(model: nn.Module) -> list[list[float]]:

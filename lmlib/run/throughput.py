@@ -23,6 +23,7 @@ class Throughput:
         self.started = time.perf_counter() - before.get("seconds", 0.0)
         self.update_seconds = before.get("update_seconds", 0.0)
         self.updates = before.get("updates", 0)
+        self.updates_started = 0.0
         self.logged = self.update_seconds, self.updates
 
     @cached_property
@@ -30,14 +31,15 @@ class Throughput:
         """Measured at the first log line, so that resuming does not wait for it."""
         return matmul_peak(self.device, self.dtype)
 
-    def start_update(self):
-        self.update_started = time.perf_counter()
+    def start_updates(self):
+        """Start the clock of updates, unless it runs."""
+        self.updates_started = self.updates_started or time.perf_counter()
 
-    def end_update(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run asynchronously
-        self.update_seconds += time.perf_counter() - self.update_started
-        self.updates += 1
+    def end_updates(self, count: int):
+        """Stop it after so many updates, whose results have been read: their kernels have run."""
+        self.update_seconds += time.perf_counter() - self.updates_started
+        self.updates += count
+        self.updates_started = 0.0
 
     def seconds(self) -> float:
         """Return the seconds of all sessions, evaluations and saves included."""

@@ -47,7 +47,8 @@ def find_learning_rate(config: RunConfig, steps: int = 100, low: float = 1e-3,
         run = prepare(start)
         for step in range(1, steps + 1):
             factor = low * (high / low) ** ((step - 1) / max(1, steps - 1))
-            update = apply_update(run, step, factor)
+            apply_update(run, step, factor)
+            [update] = run.updates.read()
             if not update.is_finite:
                 break
             mean = 0.9 * mean + 0.1 * update.loss

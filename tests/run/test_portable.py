@@ -116,7 +116,7 @@ def test_a_run_of_the_first_format_resumes_and_says_what_is_not_exact(first_form
     with pytest.warns(UserWarning) as warned:
         records = list(lmlib.train(run))
     said = [str(warning.message) for warning in warned]
-    assert any("arithmetic version 1, now 2" in text for text in said)
+    assert any("arithmetic version 1, now 3" in text for text in said)
     assert records[-1].kind == "done" and "test_loss" not in records[-1].values
     steps = checkpoint.checkpoint_steps(first_format)
     assert steps == [2, 4, 6]
