@@ -42,7 +42,7 @@ def test_error_bars_are_95_percent_intervals_over_documents(tmp_path):
     [line] = [trace for trace in drawn.data if trace.name == "validation" and trace.showlegend]
     bars = [math.nan, 0.27764, 0.21314, math.nan]  # t for 4 and 15 degrees of freedom: published
     assert list(line.error_y.array) == pytest.approx(bars, rel=1e-3, nan_ok=True)
-    assert drawn.layout.annotations[0].text.endswith("; bars: 95 % over documents")
+    assert drawn.layout.annotations[0].text.endswith("nats per token, 95 % bars")
     assert render.png(drawn).startswith(b"\x89PNG")
 
 
@@ -125,7 +125,7 @@ def test_the_loss_has_twice_the_width_and_panels_say_their_units(trained):
     assert len(widths) == 6 and min(widths[0] / width for width in widths[1:]) > 2
     titles = [note.text for note in figure.layout.annotations]
     assert titles[0].startswith("<b>Loss</b>  nats per token") and len(titles) == 6
-    assert titles[1:3] == ["<b>Accuracy</b>  validation, top-1", "<b>Bits per byte</b>  validation"]
+    assert titles[1:3] == ["<b>Accuracy</b>  validation", "<b>Bits per byte</b>  validation"]
     assert {note.xanchor for note in figure.layout.annotations} == {"left"}
     assert figure.layout.yaxis2.tickformat.endswith("p")  # percent
     assert figure.layout.hovermode == "x unified" and figure.layout.yaxis.hoverformat == ".3f"
