@@ -279,5 +279,5 @@ class Explorer:
 
 def _gray(text: str) -> str:
     """Return untrusted text as gray HTML that wraps."""
-    style = "display: block; opacity: 0.75; font-size: 12px; line-height: 1.35; padding: 3px 0"
+    style = "display: block; opacity: 0.75; font-size: 12px; line-height: 1.35; padding: 6px 0 2px"
     return f"<span style='{style}'>{html.escape(printable(text))}</span>"
