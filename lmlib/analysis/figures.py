@@ -12,12 +12,12 @@ from plotly.subplots import make_subplots
 
 from lmlib.analysis import frames, render
 from lmlib.analysis.panels import (
+    ACCURACY,
     BITS,
     FALLING,
     LOSS,
     NATS,
     PANELS,
-    SHARE,
     SHARES,
     half_intervals,
     panel_lines,
@@ -33,7 +33,9 @@ DASHES = ["solid", "dash", "dot", "dashdot"]
 SHAPES = ["circle", "square", "diamond", "triangle-up"]
 FAINT = "rgba(128, 128, 128, 0.25)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-RED_BLUE = {"colorscale": "RdBu", "cmin": 0, "cmid": 1, "cmax": 2}
+# Its middle is gray: white would shine on a dark page.
+RED_BLUE = {"colorscale": [[0, "#C0392B"], [0.5, "#999999"], [1, "#0072B2"]], "cmin": 0, "cmid": 1,
+            "cmax": 2}
 # Zoom, pan, reset and download stay; in a column of its own at the right, clear of the legend.
 MODEBAR = {"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "color": render.GRAY,
            "activecolor": "#0072B2",
@@ -100,12 +102,12 @@ def training_curves(frame: pd.DataFrame, x: str = "step", smoothing: int | None 
 
 
 def _title(panel: int, warning: str, frame: pd.DataFrame) -> str:
-    """Return a panel's title with its unit, and with what its error bars are."""
+    """Return a panel's title with its unit; as short as a narrow page needs."""
     title, unit, *_ = PANELS[panel]
-    if warning and unit in (NATS, SHARE):
-        unit = "nats, not comparable" if unit == NATS else "not comparable"
+    if warning and panel in (LOSS, ACCURACY):
+        unit = "not comparable"
     elif panel == LOSS and np.isfinite(half_intervals(frame[frame["kind"] == "eval"])).any():
-        unit += "; bars: 95 % over documents"
+        unit += ", 95 % bars"
     return titled(title, unit)
 
 
@@ -177,14 +179,14 @@ def styled(figure: go.Figure, height: int, top: int = 56, warning: str = "",
     `top` pixels hold titles and one row of the legend; more rows, and `warning`, a sentence above
     them, get their own. `layout` is set on top of that.
     """
-    lines = {"gridcolor": FAINT, "gridwidth": 1, "zeroline": False, "linecolor": FAINT,
+    lines = {"gridcolor": FAINT, "gridwidth": 1, "zeroline": False,
              "automargin": True, "title_font_size": 12, "title_standoff": 8}
     figure.update_xaxes(**lines, spikecolor=render.GRAY, spikethickness=1, spikedash="solid",
                         showspikes=layout.get("hovermode") == "x unified").update_yaxes(**lines)
     domains = [axis.domain or (0, 1) for axis in figure.select_xaxes()]
     for note in figure.layout.annotations:  # subplot titles stand in the middle of their panels
         start = min(domains, key=lambda domain: abs(sum(domain) / 2 - note.x))[0]
-        note.update(x=start, xanchor="left", font_size=13, yshift=2)
+        note.update(x=start, xanchor="left", font_size=12, yshift=2)
     names = render.legend_of(figure)
     said, rows = textwrap.wrap(warning, 100), -(-len(names) // render.legend_columns(names))
     more = 18 * max(0, rows - 1)
@@ -254,7 +256,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
         table = table[table["verdict"] != "other text"]  # another scale
     panels = {("Parameters", "open: active"): ["parameters", "active"],
               ("Minutes", "of training"): ["minutes"],
-              ("FLOPs", "floating-point operations"): ["FLOPs"]}
+              ("FLOPs", "of training"): ["FLOPs"]}
     figure = make_subplots(1, 3, subplot_titles=[titled(*title) for title in panels])
     for col, columns in enumerate(panels.values(), 1):
         for number, (name, row) in enumerate(table.iterrows()):

@@ -26,7 +26,7 @@ NOT_NUMBERS = {"run", "kind", "path", "prompts", "texts", "model_name", "notes",
                "leaks", "windows", "expert_load", "steps_skipped", "val_loss_by_position",
                "val_accuracy_by_position", "test_steps", "lineage"}
 AXES = {"step": "step", "tokens": "tokens trained", "minutes": "minutes of training",
-        "flops": "floating-point operations"}
+        "flops": "training FLOPs"}
 SCORES = ["validation loss", "± standard error", "documents", "best", "at step", "accuracy",
           "perplexity", "bits per byte"]
 TEST_SCORES = ["test loss", "± test", "test bits per byte"]
@@ -130,8 +130,8 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
     documents = last_documents(frame)
     notes = {
         f"it LEAKS ({printable(leaks)})": leaks,
-        "lineage unknown": lineage(folder) == "unknown",
-        f"few documents ({documents:.0f})": documents < FEW,
+        "training history unknown": lineage(folder) == "unknown",
+        f"scored on only {documents:.0f} document{'' if documents == 1 else 's'}": documents < FEW,
         f"its test text was scored at {len(tested)} steps": len(tested) > 1,
         "its training text contains validation text (see the audit)":
             not leaks and split.startswith("FAIL"),

@@ -14,23 +14,25 @@ MAX_MARKERS = 50  # more than that hide the line
 THIN, LINE = {"mode": "lines", "width": 1, "opacity": 0.35}, {"mode": "lines"}
 POINTS = {"mode": "lines+markers"}
 # Title, unit, y axis, and lines: kind of record, column, name and style.
-NATS, SHARE = "nats per token", "validation, top-1"
+NATS = "nats per token"
 SHARES = {"tickformat": ".3~p", "hoverformat": ".1%"}  # of a y axis
 PANELS = [
     ("Loss", NATS, {"hoverformat": ".3f"}, [
         ("step", "loss", "training", THIN),
         ("smooth", "loss", "training, smoothed", LINE),
         ("eval", "val_loss", "validation", POINTS)]),
-    ("Accuracy", SHARE, SHARES, [
+    ("Accuracy", "validation", SHARES | {"rangemode": "tozero"}, [
         ("eval", "val_accuracy", "validation", POINTS)]),
     ("Bits per byte", "validation", {"hoverformat": ".3f"}, [
         ("eval", "val_bits_per_byte", "validation", POINTS)]),
     ("Learning rate", "", {"hoverformat": ".3~r", "rangemode": "tozero"}, [
         ("step", "learning_rate", "training", LINE)]),
-    ("Gradient norm", "", {"hoverformat": ".3f"}, [("step", "grad_norm", "training", LINE)]),
+    ("Gradient norm", "", {"hoverformat": ".3f", "rangemode": "tozero"}, [
+        ("step", "grad_norm", "training", LINE)]),
     ("Tokens per second", "", {"hoverformat": ",.0f", "rangemode": "tozero"}, [
         ("step", "tokens_per_second", "training", LINE)])]
-LOSS, BITS, FALLING = 0, 2, (0, 2, 4)  # panels; the first values of FALLING would dwarf the others
+LOSS, ACCURACY, BITS = 0, 1, 2  # panels
+FALLING = (0, 2, 4)  # their first values would dwarf the others
 
 
 def panel_lines(frame: pd.DataFrame, x: str = "step", smoothing: int | None = None, *,

@@ -25,7 +25,7 @@ NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_
                  "checkpoint_every", "micro_batch_size", "score_test", "keep_checkpoints",
                  "max_hours"}
 BEHIND = ["behind the best", "± seeds", "± documents"]
-UNKNOWN = "lineage unknown"
+UNKNOWN = "training history unknown"
 CONDITIONS = ("95 % intervals for all pairs together; ± seeds: other seeds on these documents; "
               "± documents: other documents with these trained models.")
 
@@ -118,7 +118,7 @@ def ranking(run_dirs: Iterable[str | Path] | pd.DataFrame) -> pd.DataFrame:
     """
     runs, counts = finished(run_dirs), ["parameters", "active"]
     averaged = ["bits per byte", "test loss", "accuracy", *frames.COSTS]
-    columns = ["seeds", "validation loss", "spread", *BEHIND, "documents", "verdict", *averaged,
+    columns = ["verdict", "seeds", "validation loss", "spread", *BEHIND, "documents", *averaged,
                "notes"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
@@ -207,12 +207,12 @@ def _differences(runs: pd.DataFrame, paired: pd.DataFrame, both: list) -> pd.Dat
         mean, seeds = (paired.loc[model] - paired.loc[other]).mean(), _half_interval(paired)
         estimate = _by_document(sums[model], sums[other])
         half = estimate.half_width(level) if estimate else None
-        rows.append([mean, seeds, math.nan if half is None else half,
-                     estimate.clusters if estimate else math.nan,
-                     _verdict(mean, seeds, half, estimate)])
+        rows.append([_verdict(mean, seeds, half, estimate), mean, seeds,
+                     math.nan if half is None else half,
+                     estimate.clusters if estimate else math.nan])
     names = pd.MultiIndex.from_arrays([[pair[n] for pair in both] for n in (0, 1)],
                                       names=["model", "minus"])
-    return pd.DataFrame(rows, names, [*BEHIND, "documents", "verdict"])
+    return pd.DataFrame(rows, names, ["verdict", *BEHIND, "documents"])
 
 
 def _verdict(mean: float, seeds: float, documents: float | None, estimate: Estimate | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.artist import setp
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -32,7 +33,7 @@ from matplotlib.transforms import Bbox, BboxTransformTo
 from lmlib.errors import UserError
 from lmlib.files import atomic_write
 
-WIDTH = 820  # pixels of a PNG: fits in JupyterLab where a window has 1000
+WIDTH = 820  # pixels of a PNG; on a narrow page LAB_STYLE makes it smaller
 GRAY = "#7A7A7A"  # the same contrast, 4.3 : 1, on white and on JupyterLab's dark background
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ns": "|"}
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", None: "-"}
@@ -42,6 +43,12 @@ STYLE = """<style>
 body { margin: 1em auto; max-width: 1200px; padding: 0 1em; font: 14px system-ui, sans-serif }
 .plotly .spikeline { stroke: #7A7A7A !important; stroke-width: 1px !important }
 .plotly .infolayer text, .plotly .cartesianlayer text { fill: CanvasText !important }
+</style>"""
+
+# JupyterLab shows the PNG as it is, cut off where a window has 1000 pixels; and titles in gray.
+LAB_STYLE = """<style>
+.jp-RenderedPlotly .plot-img { max-width: 100% }
+.js-plotly-plot .annotation-text tspan[style*=bold] { fill: var(--jp-ui-font-color1, inherit) }
 </style>"""
 
 
@@ -60,8 +67,14 @@ def _as_javascript(text: str) -> int | float:
 
 def show(figure: go.Figure, text: str = "A figure"):
     """Display a figure so that JupyterLab, GitHub and exported notebooks all show it."""
+    put(bundle(figure, text))
+
+
+def put(content: dict[str, Any]):
+    """Display a figure's `bundle`, and before it what makes it fit JupyterLab."""
     from IPython.display import display
-    display(bundle(figure, text), raw=True)
+    display({"text/html": LAB_STYLE, "text/plain": ""}, raw=True)
+    display(content, raw=True)
 
 
 def save(figure: go.Figure, path: str | Path, title: str = "", above: str = ""):
@@ -111,7 +124,8 @@ def image(figure: go.Figure) -> Figure:
         axis = axes[trace.xaxis or "x", trace.yaxis or "y"]
         if trace.type == "heatmap":
             rows, every = range(len(trace.y)), -(-len(trace.y) // 24)  # at most 24 labels
-            colors = axis.pcolormesh(trace.x, rows, trace.z, cmap="RdBu", vmin=0, vmax=2,
+            scale = LinearSegmentedColormap.from_list("", layout.coloraxis.colorscale)
+            colors = axis.pcolormesh(trace.x, rows, trace.z, cmap=scale, vmin=0, vmax=2,
                                      shading="nearest")
             axis.yaxis.set_major_locator(FixedLocator(rows[::every]))
             axis.set_yticks(rows[::every], trace.y[::every])

@@ -108,10 +108,15 @@ def formatted(frame: pd.DataFrame, caption: str = "", best: Iterable[str] = BEST
 def badge(state: str) -> str:
     """Return a run's state as a colored badge in HTML, and the notes behind it ("died; ...")."""
     state, _, notes = state.partition("; ")
-    color = BADGES.get(state, BADGES["empty"])
+    shown = pill(state, BADGES.get(state, BADGES["empty"]))
+    return f"{shown} {html.escape(printable(notes))}".rstrip()
+
+
+def pill(text: str, color: str) -> str:
+    """Return a word in white on a rounded patch of color, as HTML."""
     return (f"<span style='background: {color}; color: #fff; border-radius: 9px; "
             f"padding: 1px 9px; font-size: 12px; white-space: nowrap'>"
-            f"{html.escape(printable(state))}</span> {html.escape(printable(notes))}").rstrip()
+            f"{html.escape(printable(text))}</span>")
 
 
 def interval_half(stderr: float, documents: float) -> float:

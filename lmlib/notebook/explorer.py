@@ -10,9 +10,8 @@ from pathlib import Path
 import ipywidgets as w
 import pandas as pd
 import plotly.graph_objects as go
-from IPython.display import display
 
-from lmlib.analysis import figures, frames
+from lmlib.analysis import figures, frames, render
 from lmlib.files import resolve_path
 from lmlib.notebook import picker, token_html
 from lmlib.notebook.chart import Chart
@@ -36,14 +35,14 @@ def explore(run_dirs: Iterable[str | Path], output_dir: str | Path):
     chart = figures.chart_bundle(frame)
     if is_live():  # where widgets are not shown, as in an exported page, the image is
         del chart["application/vnd.plotly.v1+json"]
-        display(chart | Explorer(run_dirs, output_dir).box._repr_mimebundle_() | {
-            "text/plain": chart["text/plain"]}, raw=True)
+        render.put(chart | Explorer(run_dirs, output_dir).box._repr_mimebundle_() | {
+            "text/plain": chart["text/plain"]})
         return
     for run in frame.attrs["runs"]:
         print(printable(f"{run}: {frames.headline(frame, run)}"))
     if warning := frames.loss_column(frame.attrs["runs"].values())[1]:
         print(printable(warning))
-    display(chart, raw=True)
+    render.put(chart)
 
 
 def panels(frame: pd.DataFrame) -> dict[str, go.Figure]:
@@ -90,8 +89,8 @@ class Explorer:
 
     def _make_controls(self):
         wide, axes = {"width": "auto"}, {name: key for key, name in frames.AXES.items()}
-        self.x = w.Dropdown(options=axes, description="over", layout=wide,
-                            style={"description_width": "40px"})
+        self.x = w.Dropdown(options=axes, description="x axis", layout=wide,
+                            style={"description_width": "70px"})
         self.smoothing = w.SelectionSlider(options=SMOOTHING, description="smoothing", layout=wide,
                                            continuous_update=False,
                                            style={"description_width": "70px"})
@@ -100,7 +99,7 @@ class Explorer:
             for name in ("log x", "log loss", "follow"))
         self.filter = w.Text(placeholder="a part of a name, or a state", description="find runs",
                              layout=wide, style={"description_width": "70px"})
-        self.rows = w.VBox(layout={"max_height": "240px", "overflow": "auto", "width": "100%"})
+        self.rows = w.VBox(layout={"max_height": "320px", "overflow": "auto", "width": "100%"})
         self.warning, self.text = w.HTML(), w.HTML()
         self.text_step = w.SelectionSlider(options=[NO_TEXT], description="step", layout=wide)
         self.texts = w.VBox([self.text_step, self.text])
@@ -138,7 +137,7 @@ class Explorer:
             self.switches[folder] = w.Checkbox(
                 folder in self.chosen, description=self._label(folder), indent=False,
                 layout={"width": "auto", "max_width": "calc(100% - 2em)"})
-            self.states[folder] = w.HTML(layout={"flex": "1 1 240px"})
+            self.states[folder] = w.HTML(layout={"flex": "1 1 240px", "margin": "0 2px"})
             self.switches[folder].observe(lambda change: self._choose(folder), "value")
         wraps = {"flex_flow": "row wrap", "flex": "1 1 0"}
         said = w.HBox([self.switches[folder], self.states[folder]], layout=wraps)
@@ -280,5 +279,5 @@ class Explorer:
 
 def _gray(text: str) -> str:
     """Return untrusted text as gray HTML that wraps."""
-    style = "display: block; opacity: 0.75; font-size: 12px; line-height: 1.35; padding: 6px 0"
+    style = "display: block; opacity: 0.75; font-size: 12px; line-height: 1.35; padding: 6px 0 2px"
     return f"<span style='{style}'>{html.escape(printable(text))}</span>"

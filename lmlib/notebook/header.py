@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmlib.analysis import tables
+from lmlib.analysis import render, tables
 from lmlib.files import PROJECT_ROOT, display_path
 from lmlib.intervals import Estimate
 from lmlib.leaks import LEAKY_NAME, known_leaks
@@ -14,7 +14,7 @@ from lmlib.text import printable
 
 # In JupyterLab the chart's image gives way to the live widget, and comes back where the widget is
 # lost: on a page that was closed and opened again.
-STYLE = """<style>
+STYLE = render.LAB_STYLE + """<style>
 .lmlib-head { font-family: var(--jp-ui-font-family, sans-serif); max-width: 864px;
   font-size: 13px; color: var(--jp-ui-font-color1, inherit); padding: 4px 0 }
 .lmlib-head .run { font-weight: 600; margin-left: 8px }
@@ -32,7 +32,6 @@ STYLE = """<style>
 .jp-OutputArea:has(.lmlib-head) > .jp-OutputArea-child:has(
   > .lm-Panel.jp-OutputArea-output):not(:has(.lmlib-live)) { display: none }
 .lmlib-live { overflow-x: auto }
-.jp-RenderedPlotly .plot-img { max-width: 100% }
 </style>"""
 
 
@@ -76,7 +75,8 @@ def _tiles(step: float, total: float | None, state: str,
              f"{step / total:.0%}" if total else ""),
             ("Validation loss", value, error),
             ("Bits per byte", "–" if bits is None else f"{bits:.3f}", at),
-            ("Speed", "–" if speed is None else f"{speed:,.0f}", "tokens/s"),
+            ("Speed", "–" if speed is None else f"{speed:,.0f}",
+             "tokens/s" if is_running else "tokens/s, median"),
             ("Time left" if is_running else "Training took",
              "–" if is_running and left is None else duration(left if is_running else spent), "")]
 

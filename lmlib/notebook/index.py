@@ -11,12 +11,14 @@ from urllib.parse import quote
 import pandas as pd
 
 from lmlib.analysis import frames, tables
-from lmlib.files import PROJECT_ROOT, write_json
+from lmlib.files import PROJECT_ROOT, atomic_write, display_path
+from lmlib.leaks import known_leaks
 from lmlib.notebook.live import is_live
 from lmlib.text import printable
 
 NOTEBOOKS = {"curves.ipynb": "curves", "generate.ipynb": "generate"}  # file, and the link's word
-CELL = "style='text-align: left; padding: 4px 12px 4px 0; white-space: nowrap'"
+CELL = "style='text-align: left; padding: 4px 12px 4px 0; vertical-align: top'"
+WHOLE, SMALL = "white-space: nowrap", "font-size: 12px; opacity: .75"
 
 
 def runs(output_dir: str | Path) -> tables.Table:
@@ -34,16 +36,11 @@ def runs(output_dir: str | Path) -> tables.Table:
     names = {folder: name for name, folder in evals.attrs["runs"].items()}
     lines = []
     for run, row in overview.iterrows():
-        folder = Path(row["folder"])
         losses = evals[evals["run"] == names.get(row["folder"])].get("val_bits_per_byte")
-        cells = [html.escape(run), tables.badge(row["state"]),
-                 f"{row['date']:%Y-%m-%d %H:%M}" if pd.notna(row["date"]) else "–",
-                 f"{row['steps']:,}",
-                 f"{row['bits per byte']:.3f}" if pd.notna(row["bits per byte"]) else "–",
-                 sparkline([] if losses is None else losses.dropna().tolist()), _links(folder),
-                 f"<span style='white-space: normal'>{html.escape(printable(row['notes']))}</span>"]
+        losses = [] if losses is None else losses.dropna().tolist()
+        cells = _cells(run, row, losses)
         lines.append("".join(f"<td {CELL}>{cell}</td>" for cell in cells))
-    heads = ["run", "state", "started", "steps", "bits per byte", "curve", "open", ""]
+    heads = ["run", "open", "state", "started", "steps", "bits per byte", "curve"]
     head = "".join(f"<th {CELL}>{name}</th>" for name in heads)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     text = overview.drop(columns="folder").to_string()
@@ -51,7 +48,23 @@ def runs(output_dir: str | Path) -> tables.Table:
                         f"<tbody>{body}</tbody></table>", text)
 
 
-def sparkline(values: list[float], width: int = 90, height: int = 22) -> str:
+def _cells(run: str, row: pd.Series, losses: list[float]) -> list[str]:
+    """Return the cells of a run as HTML; what a reader must not miss stands at the left."""
+    folder = Path(row["folder"])
+    name = re.sub("[/_-]", r"\g<0><wbr>", html.escape(run))  # where a long name may wrap
+    name = f"<span style='overflow-wrap: anywhere'>{name}</span>"
+    if row["notes"]:
+        name += f"<div style='{SMALL}'>{html.escape(printable(row['notes']))}</div>"
+    state = tables.badge(row["state"])
+    if known_leaks(folder):
+        state += " " + tables.pill("LEAKS", tables.BADGES["died"])
+    date = f"{row['date']:%b %d, %H:%M}" if pd.notna(row["date"]) else "–"
+    bits = f"{row['bits per byte']:.3f}" if pd.notna(row["bits per byte"]) else "–"
+    return [name, _links(folder), state, f"<span style='{WHOLE}'>{date}</span>",
+            f"{row['steps']:,}", bits, sparkline(losses)]
+
+
+def sparkline(values: list[float], width: int = 70, height: int = 22) -> str:
     """Return a curve of values as a small SVG; its first fifth may be cut off at the top."""
     if len(values) < 2:
         return ""
@@ -76,27 +89,36 @@ def _links(folder: Path) -> str:
 
 
 def _open_copy(file: str, folder: Path) -> bool:
-    """Make a notebook in a run's folder that is opened on the run; return whether it is there."""
-    if (folder / file).exists():
-        return True
-    book = json.loads((PROJECT_ROOT / "notebooks" / file).read_text("utf-8"))
-    for cell in book["cells"]:
-        if cell["cell_type"] == "code":
-            cell |= {"outputs": [], "execution_count": None}
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = _with(cell["source"], run_name=folder.name,
-                                   output_dir=str(folder.parent))
+    """Make a notebook in a run's folder that is opened on the run; return whether it is there.
+
+    One that is there stays as it is, except that its `output_dir` follows the run's folder: a
+    project that was copied or moved must not open the runs of the other one.
+    """
+    copy, values = folder / file, {"output_dir": display_path(folder.parent)}
+    is_new = not copy.exists()
     try:
-        write_json(folder / file, book)
-    except OSError:
-        return False
+        origin = PROJECT_ROOT / "notebooks" / file if is_new else copy
+        book = json.loads(origin.read_text("utf-8"))
+        if is_new:
+            values["run_name"] = folder.name
+            for cell in book["cells"]:
+                if cell["cell_type"] == "code":
+                    cell |= {"outputs": [], "execution_count": None}
+        if _set(book, values) or is_new:
+            with atomic_write(copy) as draft:  # as JupyterLab writes it
+                text = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True)
+                draft.write_text(text + "\n", "utf-8")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # read-only, or edited
+        return not is_new
     return True
 
 
-def _with(source: Any, **values: str) -> str:
-    """Return a parameters cell with other values."""
-    source = "".join(source)
-    for name, value in values.items():
-        source = re.sub(rf"^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, source,
-                        count=1, flags=re.MULTILINE)
-    return source
+def _set(book: Any, values: dict[str, str]) -> bool:
+    """Set values in the parameters cell of a notebook; return whether that changed it."""
+    [cell] = [cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    before = source = "".join(cell["source"])
+    for name, value in values.items():  # a comment behind a value stays
+        line = re.compile(rf"^{name} = .*?(\s+#[^'\"\n]*)?$", re.MULTILINE)
+        source = line.sub(lambda m, new=f"{name} = {value!r}": new + (m[1] or ""), source, count=1)
+    cell["source"] = source.splitlines(keepends=True)
+    return source != before

@@ -111,6 +111,9 @@ class _Page:
             note = (f"Stopped at step {steps[-1]:,} of {self.total:,}. Saved. Run the cells again "
                     "to resume." if steps else "Stopped before the first checkpoint. Nothing is "
                     "saved; running the cells again starts anew.")
+        with suppress(Exception):  # the last step's speed says little of the run
+            steps_taken = frames.read_runs(self.run_dir).query("kind == 'step'")
+            self.latest["step"] |= {"tokens_per_second": steps_taken["tokens_per_second"].median()}
         with suppress(Exception):  # where the chart has failed, the state is said all the same
             self.put("head", header(self.run_dir, state, self.latest, self.total, note))
         self.try_to(self.draw_end, bool(steps))

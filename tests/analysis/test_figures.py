@@ -42,7 +42,7 @@ def test_error_bars_are_95_percent_intervals_over_documents(tmp_path):
     [line] = [trace for trace in drawn.data if trace.name == "validation" and trace.showlegend]
     bars = [math.nan, 0.27764, 0.21314, math.nan]  # t for 4 and 15 degrees of freedom: published
     assert list(line.error_y.array) == pytest.approx(bars, rel=1e-3, nan_ok=True)
-    assert drawn.layout.annotations[0].text.endswith("; bars: 95 % over documents")
+    assert drawn.layout.annotations[0].text.endswith("nats per token, 95 % bars")
     assert render.png(drawn).startswith(b"\x89PNG")
 
 
@@ -125,7 +125,7 @@ def test_the_loss_has_twice_the_width_and_panels_say_their_units(trained):
     assert len(widths) == 6 and min(widths[0] / width for width in widths[1:]) > 2
     titles = [note.text for note in figure.layout.annotations]
     assert titles[0].startswith("<b>Loss</b>  nats per token") and len(titles) == 6
-    assert titles[1:3] == ["<b>Accuracy</b>  validation, top-1", "<b>Bits per byte</b>  validation"]
+    assert titles[1:3] == ["<b>Accuracy</b>  validation", "<b>Bits per byte</b>  validation"]
     assert {note.xanchor for note in figure.layout.annotations} == {"left"}
     assert figure.layout.yaxis2.tickformat.endswith("p")  # percent
     assert figure.layout.hovermode == "x unified" and figure.layout.yaxis.hoverformat == ".3f"
@@ -219,6 +219,21 @@ def test_a_widget_moves_to_newer_records_and_keeps_its_zoom(trained):
     assert widget.layout.shapes == figures.training_curves(frame).layout.shapes
 
 
+def test_a_figure_comes_with_what_makes_it_fit_jupyterlab(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda content, raw: shown.append(content))
+    render.show(figures.styled(go.Figure(), 100))
+    assert "max-width: 100%" in shown[0]["text/html"] and "image/png" in shown[1]
+
+
+def test_an_even_share_is_gray_also_in_a_png(tmp_path):
+    lines = [{"kind": "step", "step": n, "loss": 1.0, "expert_load": [[0.5, 0.5]]} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = render.image(figures.expert_load(frames.read_runs(tmp_path)))
+    colors = drawn.axes[0].collections[0]
+    assert colors.to_rgba(1)[:3] == pytest.approx([0.6] * 3, abs=0.01)
+
+
 # ---- Text in pictures ----
 
 
@@ -254,6 +269,22 @@ def test_no_committed_output_holds_the_markup_of_numbers():
             for output in cell.get("outputs", []):
                 shown = {k: v for k, v in output.get("data", output).items() if k != "image/png"}
                 assert "mathdefault" not in json.dumps(shown), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")
+def test_panels_without_points_log_no_errors(tmp_path):
+    first = {"kind": "eval", "step": 0, "val_loss": 8.3, "val_accuracy": 0.02}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    render.save(figures.training_curves(frames.read_runs(tmp_path)), tmp_path / "curves.html")
+    with jupyter.chromium() as browser:
+        page, errors = browser.new_page(), []
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.goto((tmp_path / "curves.html").as_uri())
+        page.wait_for_selector(".js-plotly-plot .trace", state="attached")
+        page.evaluate(jupyter.PAINTED)
+        low, high = page.evaluate("document.querySelector('.js-plotly-plot').layout.yaxis2.range")
+        assert errors == [] and low == 0 and high < 0.1
 
 
 @pytest.mark.slow

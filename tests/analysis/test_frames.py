@@ -59,7 +59,7 @@ def test_every_record_is_a_row_with_its_cost(trained):
     )
     assert frame.attrs["runs"] == {"trained": str(trained.run_dir)}
     notes = frame.attrs["notes"]["trained"]
-    assert all(note.startswith("few documents") for note in notes)
+    assert all(note.startswith("scored on only") for note in notes)
 
 
 DAMAGED = {
@@ -234,7 +234,7 @@ def test_the_table_shows_documents_and_the_test_scores(tmp_path):
     expected = [[0.1, 7, 5.1, 0.2, 2.5], [math.nan, math.nan, *unknown], [math.nan, 1, *unknown]]
     for row, numbers in zip(rows, expected, strict=True):
         assert row == pytest.approx(numbers, nan_ok=True)
-    assert list(table["state"]) == ["finished", "finished", "finished; few documents (1)"]
+    assert list(table["state"]) == ["finished", "finished", "finished; scored on only 1 document"]
 
 
 def test_notes_tell_unknown_lineage_and_repeated_tests(tmp_path):
@@ -245,10 +245,10 @@ def test_notes_tell_unknown_lineage_and_repeated_tests(tmp_path):
     marked = write(tmp_path / "marked", [step(1)])
     (marked / "environment.json").write_text('{"lineage": "unknown"}')
     assert frames.read_runs([again, child, known, marked]).attrs["notes"] == {
-        "again": ["few documents (4)", "its test text was scored at 2 steps"],
-        "child": ["lineage unknown"],  # an older version trained it from something
+        "again": ["scored on only 4 documents", "its test text was scored at 2 steps"],
+        "child": ["training history unknown"],  # an older version trained it from something
         "known": [],
-        "marked": ["lineage unknown"],
+        "marked": ["training history unknown"],
     }
 
 

@@ -137,6 +137,28 @@ class TestJupyter:
             page.close()
 
 
+@pytest.mark.usefixtures("chromium")
+class TestNarrow:
+    pytestmark = needs_chromium
+
+    def test_figures_and_tables_fit_a_window_of_1000_pixels(self, chromium, trained, tmp_path):
+        runs = tmp_path / "outputs"
+        shutil.copytree(trained.run_dir, runs / ("a_long_name_" * 5))
+        run = {"run_name": "a_long_name_" * 5, "output_dir": str(runs)}
+        jupyter.copy_notebook("index", tmp_path, output_dir=str(runs))
+        jupyter.copy_notebook("curves", tmp_path, **run)
+        wide = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
+            .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 300))"""
+        with jupyter.jupyterlab(tmp_path) as address:
+            for name, shown in (("index", "a:text-is('curves')"), ("curves", "img.plot-img")):
+                page = jupyter.ran(chromium, address, name)
+                page.set_viewport_size({"width": 1000, "height": 900})
+                page.locator(shown).first.wait_for()
+                page.evaluate(jupyter.PAINTED)
+                assert page.evaluate(wide) == []
+                page.close()
+
+
 @pytest.fixture
 def app(trained, tmp_path):
     """`make app` on a copy of its files, with the trained run under outputs/; yields its log."""

@@ -7,7 +7,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from lmlib import files
 from lmlib.files import PROJECT_ROOT
+from lmlib.leaks import LEAKY
 from lmlib.notebook import index
 
 
@@ -42,17 +44,41 @@ def test_runs_have_links_to_copies_that_are_set_to_them(folder):
 def test_a_copy_that_is_there_is_left_as_it_is(folder):
     index.runs(folder)
     copy = folder / "a run" / "curves.ipynb"
-    copy.write_text("mine")
+    for mine in ("mine", "[]", '{"cells": []}'):
+        copy.write_text(mine)
+        index.runs(folder)
+        assert copy.read_text() == mine
+
+
+def test_the_copies_of_a_project_that_was_moved_open_its_own_runs(folder, monkeypatch):
+    monkeypatch.setattr(files, "PROJECT_ROOT", folder.parent)  # the runs lie inside the project
     index.runs(folder)
-    assert copy.read_text() == "mine"
+    copy = folder / "a run" / "curves.ipynb"
+    inside = copy.read_text()
+    comment = "# the folder of the runs: all of them can be chosen in the list"
+    assert f"\"output_dir = 'outputs'  {comment}\\n\",\n" in inside
+    edited = inside.replace("'outputs'", "'/elsewhere/outputs'").replace("# Look", "# Schön:")
+    copy.write_text(edited.replace("others = []", "others = ['b']"))
+    index.runs(folder)
+    expected = inside.replace("# Look", "# Schön:").replace("others = []", "others = ['b']")
+    assert copy.read_text() == expected
 
 
-def test_a_run_whose_folder_cannot_be_written_has_no_link(folder, monkeypatch):
-    def refuse(path, content):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(index, "write_json", refuse)
+def test_a_run_whose_folder_cannot_be_written_has_no_link(folder):
+    for name in index.NOTEBOOKS:
+        (folder / "a run" / f".{name}.draft").mkdir()
     assert "<a " not in index.runs(folder).html
+
+
+def test_a_leak_stands_beside_the_state_and_links_beside_the_name(folder):
+    assert "LEAKS" not in index.runs(folder).html
+    config = folder / "a run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {LEAKY: "split"}))
+    shown = index.runs(folder).html
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", shown)
+    assert "a run" in cells[0] and "it LEAKS (split)" in cells[0]
+    assert "curves</a>" in cells[1] and ">finished</span> <span" in cells[2]
+    assert ">LEAKS</span>" in cells[2] and "#C0392B" in cells[2]
 
 
 def test_names_are_escaped_and_no_run_is_said(folder, tmp_path):

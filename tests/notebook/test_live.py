@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import lmlib
-from lmlib.analysis import figures
+from lmlib.analysis import figures, frames
 from lmlib.checkpoint import checkpoint_steps
 from lmlib.errors import Stopped, UserError
 from lmlib.notebook import live
@@ -93,6 +93,9 @@ def test_a_stop_ends_the_loop_in_a_browser_and_is_raised_elsewhere(smoke, monkey
     head = shown["head"]["text/html"]
     assert "Stopped at step 9 of 1,000. Saved. Run the cells again to resume." in head
     assert ">stopped</span>" in head and "9 / 1,000" in head
+    steps = frames.read_runs(config.run_dir).query("kind == 'step'")
+    speed = steps["tokens_per_second"].median()  # that of the last step says little
+    assert f"<b>{speed:,.0f}</b><small>tokens/s, median" in head
     assert "Next:" in shown["below"]["text/html"] and "Step 9/1000" in shown["below"]["text/html"]
     # Any value from the current step on: what was mistyped as 1000 may become 9.
     cell = 'recipe = "params/smoke.yaml"\nrun_name = "x"\ntotal_steps = 0'
