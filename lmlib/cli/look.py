@@ -78,7 +78,7 @@ def runs(options: argparse.Namespace):
         print(f"There is no run in {output_dir}.")
         return
     colors = {"finished": "green", "running": "blue", "died": "red", "stopped": "yellow"}
-    width = min(max(16, *map(len, table.index)), WIDTH - 50)
+    width = min(max(16, *map(len, table.index)), WIDTH - 54)
     print(paint(f"{'run':<{width}}  {'state':<8}  {'started':<10}  {'steps':>15}  "
                 "bits per byte", "bold"))
     for name, row in table.iterrows():

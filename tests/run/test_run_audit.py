@@ -508,7 +508,7 @@ def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["no/such/folder/at/all"], "is not a folder here"),
+        (["no/such/folder/at/all"], "There is no folder"),
         (["{run}", "--step", "7"], "has no checkpoint of step 7"),
         (["{run}", "--page", "no/folder/audit.html"], "lie in a folder that exists"),
         (["{run}", "--page", "audit.txt"], "must end in .html"),
