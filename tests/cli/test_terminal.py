@@ -125,7 +125,7 @@ def test_checkpoints(trained, tmp_path):
     assert "There is no folder" in lmlib("checkpoints", tmp_path / "nothing", check=1)
 
 
-def test_a_misspelled_run_names_the_nearest_without_asking_the_hub(outputs, trained):
+def test_a_misspelled_run_names_the_nearest_without_asking_the_hub(trained):
     near = trained.run_dir.with_name(trained.run_dir.name[:-1])
     for command in ("audit", "generate", "checkpoints", "stop"):
         began = time.monotonic()
@@ -297,7 +297,7 @@ def test_a_misspelled_command_or_recipe_names_the_nearest(tmp_path):
     assert shown == "Error: There is no parameter file mine. `ls params` lists the recipes.\n"
 
 
-def test_a_recipe_is_found_by_its_name_in_params(tmp_path):
+def test_a_recipe_is_found_by_its_name_in_params():
     for command in ("train", "notebook", "sweep", "find-rate"):
         params = parser().parse_args([command, "no_mask"]).params
         assert params in (file := "params/exp9_seed_small/no_mask.yaml", [file])
