@@ -1,11 +1,11 @@
-"""Read parameter files and command-line values, and coerce them to their types."""
+"""Read parameter files and command-line values, and coerce them to their types; near names."""
 
 import contextlib
 import difflib
 import math
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -52,10 +52,9 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """
     file = resolve_path(path)
     if not file.is_file():
-        recipes = [recipe.relative_to(PROJECT_ROOT).as_posix()
-                   for recipe in sorted(PROJECT_ROOT.glob("params/**/*.yaml"))]
-        hint = did_you_mean(str(path), recipes) or f". The recipes are: {', '.join(recipes)}."
-        raise UserError(f"There is no parameter file {path}{hint}")
+        recipes = {recipe.stem: str(recipe) for recipe in _recipes()}
+        hint = did_you_mean(Path(path).stem, recipes, recipes.get) or "."
+        raise UserError(f"There is no parameter file {path}{hint} `ls params` lists the recipes.")
     try:
         parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
@@ -65,6 +64,18 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} must be a flat mapping: a line `name: value` per parameter.")
     parameters.pop(LEAKY, None)  # the mark in a leaky run's config.json is not a parameter
     return check_plain(parameters, str(path))
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe in params/ by its bare name, as "smoke"; else `name` itself."""
+    named = {key: str(recipe) for recipe in _recipes()
+             for key in (recipe.stem, recipe.relative_to("params").with_suffix("").as_posix())}
+    return name if resolve_path(name).is_file() else named.get(name, name)
+
+
+def _recipes() -> list[Path]:
+    files = sorted(PROJECT_ROOT.glob("params/**/*.yaml"), reverse=True)  # params/ itself last
+    return [file.relative_to(PROJECT_ROOT) for file in files]
 
 
 def check_plain(parameters: dict, source: str) -> dict[str, Any]:
@@ -102,10 +113,23 @@ def unknown_name(name: str, known: Iterable[str], what: str = "parameter") -> st
     return f"{name} is not a {what}{did_you_mean(name, known)}"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
     """Return "; did you mean ...?" with the known names that are near, "" if none is."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(map(show, close))}?" if close else ""
+
+
+def existing_folder(path: str | Path) -> Path:
+    """Return a run's or a model's folder; UserError with the nearest names if there is none."""
+    folder = resolve_path(path)
+    if folder.exists():
+        return folder
+    bare = str(path) == folder.name  # a run's name without its folder
+    beside = resolve_path("outputs") if bare else folder.parent
+    near = [other.name for other in sorted(beside.glob("[!.]*/"))]
+    shown = Path("outputs") if bare else Path(path).parent
+    hint = did_you_mean(folder.name, near, lambda name: str(shown / name)) or "."
+    raise UserError(f"There is no folder {path}{hint} `lmlib runs` lists the runs.")
 
 
 def absolute_paths(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_the_readme_is_three_screens():
-    assert len((PROJECT_ROOT / "README.md").read_text().splitlines()) <= 110
+    assert len((PROJECT_ROOT / "README.md").read_text().splitlines()) <= 100
 
 
 def test_environment_yml_installs_the_pinned_requirements():

@@ -21,15 +21,18 @@ from lmlib.generation import text as generation
 from lmlib.generation.settings import Settings, format_setting, parse_setting
 from lmlib.leaks import known_leaks
 from lmlib.model.size import parameter_count
+from lmlib.parameters import did_you_mean, existing_folder, unknown_name
 from lmlib.text import printable
 
+COMMANDS = ["help", "checkpoints", "load", "params", "set", "again", "quit", "exit"]
 HELP = """Type a prompt and press Enter. Ctrl-C stops the generation. These lines are commands:
   checkpoints               list the run's checkpoints
   load <step>               use that checkpoint; load best: lowest validation loss; load: newest
   params                    show the settings
   set <name> <value>        set temperature 0.7, set top_k 0, set stop_strings \\n
   again                     repeat the last prompt with the next seed
-  help, quit"""
+  help, quit
+A space before a word makes it a prompt."""
 
 
 @dataclass
@@ -53,8 +56,9 @@ def generate(options: argparse.Namespace):
     if is_batch and not prompts:
         raise UserError('batch mode needs prompts: --prompts "Hello world" "Once upon a time", '
                         "or --prompts-file FILE (or -)")
-    session = Session(options.run, *checkpoint.load(options.run, options.step), settings)
-    if leaks := known_leaks(resolve_path(options.run)):
+    folder = existing_folder(options.run)
+    session = Session(options.run, *checkpoint.load(folder, options.step), settings)
+    if leaks := known_leaks(folder):
         print(f"This model LEAKS ({printable(leaks)}): its scores and texts are not those of a "
               "language model.", file=sys.stderr)
     if is_batch:
@@ -83,7 +87,7 @@ def _interact(session: Session):
         except KeyboardInterrupt:
             print("\n(type quit to leave)")
             continue
-        if line.split() in (["quit"], ["exit"]):
+        if line.rstrip().lstrip("/") in ("quit", "exit"):
             return
         try:
             _execute(session, line)
@@ -94,9 +98,15 @@ def _interact(session: Session):
 
 
 def _execute(session: Session, line: str):
-    """Execute a command; any other line is a prompt."""
+    """Execute a command; any other line is a prompt, and an empty one nothing."""
     settings, words = asdict(session.settings), line.split(maxsplit=2)
+    if line[:1] == "/" and words[0][1:] in COMMANDS:  # as elsewhere: /help
+        words[0] = words[0][1:]
+    elif line[:1] == " ":
+        words = [line] * bool(words)  # a prompt, whatever its words
     match words:
+        case []:
+            pass
         case ["help"]:
             print(HELP)
         case ["checkpoints"]:
@@ -110,15 +120,20 @@ def _execute(session: Session, line: str):
         case ["set", name, text] if name in settings:
             session.settings = replace(session.settings, **{name: parse_setting(name, text)})
             print(f"{name}: {format_setting(getattr(session.settings, name))}")
+        case ["set", name] if name in settings:
+            raise UserError(f"set {name}: write a value too, as in set {name} "
+                            f"{format_setting(settings[name])}")
         case ["set", name, *_]:
-            raise UserError(f"set {name}: write set, a name and a value; the names are "
-                            f"{', '.join(settings)}")
+            raise UserError(f"{unknown_name(name, settings, 'setting')}"
+                            f"\nThe settings are {', '.join(settings)}.")
         case ["again"]:
             if not session.prompt:
                 raise UserError("again: there is no prompt yet")
             session.settings = replace(session.settings, seed=session.settings.seed + 1)
             print(f"(seed {session.settings.seed})")
             _generate(session)
+        case [word] if line[0] != " " and (near := did_you_mean(word.lstrip("/"), COMMANDS)):
+            raise UserError(f"{word} is not a command{near} (A space before it makes it a prompt.)")
         case _:
             session.prompt = line
             _generate(session)

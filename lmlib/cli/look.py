@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from lmlib.cli.parser import missing_packages
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.leaks import LEAKY
+from lmlib.parameters import existing_folder
 from lmlib.run.lock import lock_holder
 from lmlib.text import printable
+
+WIDTH = 100  # columns of a table of runs, notes and warnings
 
 
 def audit(options: argparse.Namespace) -> int:
@@ -42,9 +46,7 @@ def audit(options: argparse.Namespace) -> int:
 def checkpoints(options: argparse.Namespace):
     """Print a line per checkpoint: its validation loss, or why it cannot be used."""
     from lmlib import checkpoint
-    run_dir = resolve_path(options.run)
-    if not run_dir.is_dir():
-        raise UserError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
+    run_dir = existing_folder(options.run)
     folders = {step: run_dir / "checkpoints" / f"checkpoint_step_{step}"
                for step in checkpoint.checkpoint_steps(run_dir)}
     manifests, errors = {}, {}
@@ -68,7 +70,7 @@ def checkpoints(options: argparse.Namespace):
 
 
 def runs(options: argparse.Namespace):
-    """Print a line per run, newest first: state, start, steps, bits per byte, and what to know."""
+    """Print a line per run, newest first: state, start, steps, bits per byte; notes below it."""
     from lmlib.analysis import frames
     output_dir = resolve_path(options.output_dir).absolute()
     table = frames.overview(output_dir)
@@ -76,27 +78,32 @@ def runs(options: argparse.Namespace):
         print(f"There is no run in {output_dir}.")
         return
     colors = {"finished": "green", "running": "blue", "died": "red", "stopped": "yellow"}
-    width = max(16, *map(len, table.index))
-    print(paint(f"{'run':<{width}}  {'state':<8}  {'started':<16}  {'steps':>15}  "
-                f"{'bits per byte':>13}  notes", "bold"))
+    width = min(max(16, *map(len, table.index)), WIDTH - 54)
+    print(paint(f"{'run':<{width}}  {'state':<8}  {'started':<10}  {'steps':>15}  "
+                "bits per byte", "bold"))
     for name, row in table.iterrows():
         date, bits = row["date"], row["bits per byte"]
-        date = f"{date:%Y-%m-%d %H:%M}" if date == date else "-"  # NaT and NaN equal nothing
+        date = f"{date:%Y-%m-%d}" if date == date else "-"  # NaT and NaN equal nothing
         bits = f"{bits:.3f}" if bits == bits else "-"
         total = f" of {row['total']:,}" if isinstance(row["total"], int) else ""
         state = paint(f"{row['state']:<8}", colors.get(row["state"], "dim"))
-        line = (f"{name:<{width}}  {state}  {date:<16}  {f'{row.steps:,}{total}':>15}  "
-                f"{bits:>13}  {printable(row['notes'])}")
-        print(line.rstrip())
+        name = name if len(name) <= width else f"{name}\n{'':<{width}}"
+        print(f"{name:<{width}}  {state}  {date:<10}  {f'{row.steps:,}{total}':>15}  {bits:>13}")
+        for line in _wrapped(printable(row["notes"]), indent="    "):
+            print(paint(line, "yellow"))
     if warning := frames.loss_column(table["folder"])[1]:
-        print(paint(f"\n{warning}", "yellow"))
+        print(paint("\n".join(["", *_wrapped(warning)]), "yellow"))
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def stop(options: argparse.Namespace):
     """Ask a run to stop, through a file in its folder, and wait until it has seen that."""
-    run_dir = resolve_path(options.run)
+    run_dir = existing_folder(options.run)
     if not (run_dir / "config.json").exists():
-        raise UserError(f"There is no run {options.run}. `lmlib runs` lists the runs.")
+        raise UserError(f"{options.run} is not a run. `lmlib runs` lists the runs.")
     # A folder without locks may be shared with the machine that trains there.
     if lock_holder(run_dir) is None and (run_dir.parent / ".locks").exists():
         raise UserError(f"{options.run} is not running here, so there is nothing to stop.")

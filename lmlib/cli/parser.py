@@ -10,7 +10,7 @@ from typing import Literal
 
 from lmlib.cli.display import accept_every_character, show, silence
 from lmlib.generation.settings import Settings, format_setting, parse_setting
-from lmlib.parameters import unknown_name
+from lmlib.parameters import find_recipe, unknown_name
 from lmlib.text import printable
 
 # Packages of the extra `notebook`, by the names under which they are imported.
@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (it failed) or 130 (Ctrl-C)."""
     accept_every_character()
     top, given = parser(), sys.argv[1:] if arguments is None else arguments
-    if given and not given[0].startswith("-") and given[0] not in top.commands:
+    if not given:
+        top.print_help()
+        return 0
+    if not given[0].startswith("-") and given[0] not in top.commands:
         top.error(f"{unknown_name(given[0], top.commands, 'command')}\nThe commands are: "
                   f"{', '.join(top.commands)}.")
     options = top.parse_args(given)
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
                  type=partial(parse_setting, f.name),
                  help=f"{f.metadata['help']} ({format_setting(f.default)})")
     argument = add("sweep", "sweep:sweep", "train every recipe with every combination of values")
-    argument("params", nargs="+", help="recipes")
+    argument("params", nargs="+", type=find_recipe, help="recipes")
     argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values")
     argument("--jobs", type=int, help="runs at once (one per CUDA device; else one)")
     argument = add("find-rate", "sweep:find_rate", "suggest a learning rate, by a range test")
@@ -103,5 +106,6 @@ def parse_step(text: str) -> int | Literal["best"]:
 
 
 def _add_recipe(argument: Callable):
-    argument("params", nargs="?", default="params/quickstart.yaml", help="a recipe in params/")
+    argument("params", nargs="?", default="params/quickstart.yaml", type=find_recipe,
+             help="a recipe: a file, or its name in params/, as in smoke")
     argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override")

@@ -12,6 +12,7 @@ import ipywidgets as w
 from IPython.display import display
 
 from lmlib import checkpoint
+from lmlib.analysis import frames
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation.settings import Settings
@@ -47,29 +48,32 @@ def playground(run_dir: str | Path | None = None, prompt: str = "",
                output_dir: str | Path = "outputs", **settings: Any):
     """Display the playground and generate a first text; the settings are fields of `Settings`.
 
-    Its menu offers the runs under `output_dir`; without `run_dir` it opens the newest that has a
-    checkpoint. Where no browser shows widgets, a line says what to do.
+    Its menu offers the runs under `output_dir`; without `run_dir` it opens the best of them. Where
+    no browser shows widgets, a line says what to do.
     """
     if not is_live():
         print("The playground needs a browser: open this notebook in JupyterLab and run this cell.")
         return
-    run_dir = resolve_path(run_dir) if run_dir else newest_run(output_dir)
+    run_dir = resolve_path(run_dir) if run_dir else best_run(output_dir)
     play = Playground(run_dir, prompt, Settings(**settings), output_dir)
     fallback = {"text/plain": "The playground: run this cell to open it."}  # without the kernel
     display(play.box._repr_mimebundle_() | fallback, raw=True)
     play.sampler.start(play.open)
 
 
-def newest_run(output_dir: str | Path) -> Path:
-    """Return the newest run in a folder, else of a sweep in it, that has a checkpoint.
+def best_run(output_dir: str | Path) -> Path:
+    """Return the finished run without leaks with the fewest bits per byte, else the newest run.
 
-    UserError: there is none.
+    Runs without a checkpoint do not count. UserError: there is no other.
     """
-    runs = [folder for _, folder in run_menu(output_dir).options]
-    for folder in sorted(runs, key=lambda run: run.parent != resolve_path(output_dir).absolute()):
-        if checkpoint.checkpoint_steps(folder):
-            return folder
-    raise UserError(f"No run under {output_dir} has a checkpoint yet. `make train` trains one.")
+    runs = frames.overview(output_dir)
+    runs = runs[[bool(checkpoint.checkpoint_steps(Path(folder))) for folder in runs["folder"]]]
+    if runs.empty:
+        raise UserError(f"No run under {output_dir} has a checkpoint yet. `make train` trains one.")
+    leaks = runs["notes"].str.contains("LEAKS|training text contains")
+    good = runs[(runs["state"] == "finished") & ~leaks & runs["bits per byte"].notna()]
+    best = good.loc[good["bits per byte"].idxmin()] if len(good) else runs.iloc[0]
+    return Path(best["folder"])
 
 
 def setting_widgets(settings: Settings) -> dict[str, w.DOMWidget]:
@@ -249,7 +253,7 @@ class Playground:
             prompt, text = models[1][1].decode(ids[:1]), Continuation(ids[:1], ids[1:])
         (_, before), (unscored, after) = (token_html.score_tokens(*m, text) for m in models)
         names = (f"step {steps[0]}", f"step {steps[1]}")
-        self.difference.value = token_html.shade_difference(prompt + unscored, before, after, names)
+        self.difference.value = token_html.shade_difference(prompt, before, after, names, unscored)
         self._report(f"Blue: {names[1]} finds it likelier than {names[0]}; orange: less likely.")
 
     def _add_column(self):
@@ -272,8 +276,9 @@ class Playground:
         self.last = prompt, text
         self.keys.text = printable(prompt + text.text)
         unscored, tokens = token_html.score_tokens(model, tokenizer, text)
-        shaded = token_html.shade(prompt + unscored, tokens)
-        self.output.value = shaded + token_html.note(LEGEND)
+        shaded = token_html.shade(prompt, tokens, unscored)
+        gray = f" Gray after the prompt is {token_html.UNSCORED}" if unscored else ""
+        self.output.value = shaded + token_html.note(LEGEND + gray)
 
     def _generate_cells(self, prompt: str, cells: list[Cell]) -> Iterator[list[str]]:
         """Continue a prompt with several checkpoints and settings; yield all texts so far."""
@@ -292,9 +297,10 @@ class Playground:
         shown = html.escape(printable(line))
         self.status.value = f"<span role='status' style='{style}'>{shown}</span>"
 
-    def _show_busy(self, is_busy: bool):
-        self.main.description = "Stop" if is_busy else "Generate"
-        self.main.button_style = "danger" if is_busy else "primary"
+    def _show_busy(self, is_busy: bool, can_stop: bool = True):
+        self.main.disabled = is_busy and not can_stop
+        self.main.description = "Stop" if is_busy and can_stop else "Generate"
+        self.main.button_style = "danger" if is_busy and can_stop else "primary"
 
     def _show_columns(self, columns: list[Cell], prompt: str, texts: list[str]):
         self.side_by_side.value = token_html.cards([

@@ -10,13 +10,15 @@ from lmlib import checkpoint
 from lmlib.generation.settings import Settings
 from lmlib.generation.text import Continuation, describe_continuation, encode, generate_ids
 
+LOADING = "loading the model…"
 UPDATE_INTERVAL = 0.05  # least seconds between two updates of a text: a browser queues faster ones
 
 
 class Sampler:
     """Samples from a run's checkpoints in a thread, so that the kernel can receive a click on Stop.
 
-    `report(line, is_error=False)` shows a status line, `show_busy(is_busy)` whether a job runs.
+    `report(line, is_error=False)` shows a status line, `show_busy(is_busy, can_stop=True)` whether
+    a job runs, and whether it can be stopped: not while it loads a model.
     """
 
     def __init__(self, run_dir: Path, report: Callable[..., None], show_busy: Callable[..., None]):
@@ -43,10 +45,10 @@ class Sampler:
                 job, self.next = self.next, None
                 self.is_running = job is not None
                 self.stop.clear()
-                self.show_busy(self.is_running)
+                self.show_busy(self.is_running, can_stop=bool(self.models))
                 if job is None:
                     return
-            self.report("…")
+            self.report("generating…" if self.models else LOADING)
             try:
                 job()
             except Exception as error:  # a failed job must not end the session
@@ -59,7 +61,11 @@ class Sampler:
         if folder not in self.models:
             if len(self.models) >= 3:  # enough to compare checkpoints without loading them again
                 del self.models[next(iter(self.models))]
+            self.report(LOADING)
+            self.show_busy(True, can_stop=False)
             self.models[folder] = checkpoint.load(folder)
+            self.report("generating…")
+            self.show_busy(True)
         return self.models[folder]
 
     def stream(self, model: Any, tokenizer: Any, prompt: str, settings: Settings,

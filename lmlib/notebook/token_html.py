@@ -19,6 +19,7 @@ from lmlib.text import printable
 ALTERNATIVES = 10
 ORANGE, BLUE = "213, 94, 0", "0, 114, 178"  # from Okabe and Ito's color-blind-safe palette
 MIN_PROBABILITY = 1e-9  # keeps logarithms finite
+UNSCORED = "not scored: the text is longer than the context window, and only its end is scored."
 BORDER = "border: 1px solid rgba(128, 128, 128, .4)"
 CARD = f"flex: 1 1 16em; {BORDER}; border-radius: 6px; padding: .3em .9em"
 CELL = f"style='{BORDER}; padding: .3em .7em; vertical-align: top; text-align: left'"
@@ -88,19 +89,22 @@ def score_tokens(model: LanguageModel, tokenizer: Any,
     return tokenizer.decode(unscored, skip_special_tokens=True), tokens
 
 
-def shade(prompt: str, tokens: list[Token]) -> str:
-    """Show a prompt and tokens behind it, in deeper orange the less likely they were."""
+def shade(prompt: str, tokens: list[Token], unscored: str = "") -> str:
+    """Show a prompt and tokens behind it, in deeper orange the less likely they were.
+
+    `unscored` stands between them in gray, and says why it has no score.
+    """
     spans = []
     for token in tokens:
         tip = [f"{_quote(token.piece)}  {token.probability:.1%}, rank {token.rank:,}", "",
                *(f"{value:6.1%}  {_quote(piece)}" for piece, value in token.alternatives)]
         surprise = -math.log10(max(token.probability, MIN_PROBABILITY))
         spans.append(_span(token.piece, ORANGE, surprise / 4, tip))  # full color at 1e-4 or less
-    return _text(prompt, spans)
+    return _text(prompt, spans, unscored)
 
 
 def shade_difference(prompt: str, before: list[Token], after: list[Token],
-                     names: tuple[str, str]) -> str:
+                     names: tuple[str, str], unscored: str = "") -> str:
     """Show tokens that two models scored: blue where likelier by the second, else orange."""
     spans = []
     for pair in zip(before, after, strict=True):
@@ -110,7 +114,7 @@ def shade_difference(prompt: str, before: list[Token], after: list[Token],
         gain = math.log(new / old)
         color = BLUE if gain > 0 else ORANGE  # full color at a factor of e^3, about 20
         spans.append(_span(pair[0].piece, color, abs(gain) / 3, tip))
-    return _text(prompt, spans)
+    return _text(prompt, spans, unscored)
 
 
 def plain(prompt: str, continuation: str) -> str:
@@ -140,8 +144,10 @@ def grid(columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
     return f"<table style='border-collapse: collapse'>{body}</table>"
 
 
-def _text(prompt: str, spans: list[str]) -> str:
+def _text(prompt: str, spans: list[str], unscored: str = "") -> str:
     given = f"<span class='given'>{_escape(prompt)}</span>"
+    if unscored:
+        given += f"<span class='given' title='{UNSCORED}'>{_escape(unscored)}</span>"
     return f"{STYLE}<div class='lmlib-text'>{given}{''.join(spans)}</div>"
 
 

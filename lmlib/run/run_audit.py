@@ -19,6 +19,7 @@ from lmlib.data.tokenizer import token_bytes
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.model.huggingface import CheckpointError
+from lmlib.parameters import existing_folder
 from lmlib.run import preflight
 from lmlib.run.environment import check_data
 from lmlib.run.lineage import Lineage, lineage_of
@@ -42,12 +43,12 @@ def audit(source: str | Path, step: int | None = None) -> Audit:
 
     A run is audited with its text: its split and tokenizer, its evaluation repeated, its loss by
     position. Of a checkpoint or another model only the model is audited. Iterate to make the
-    checks, which takes about a minute: `for report in audit("outputs/quickstart")`. Raises a
+    checks, which takes a minute or more: `for report in audit("outputs/quickstart")`. Raises a
     ValueError that says what is needed if there is no such thing, or it cannot be read or audited.
     """
-    folder = resolve_path(source)
-    if not folder.exists():
+    if not resolve_path(source).exists() and _is_hub_id(str(source)):
         return Audit(model_checks(_from_hub(str(source), step)))
+    folder = existing_folder(source)
     is_run = (folder / "checkpoints").is_dir()
     path = checkpoint.find_checkpoint(folder, step)
     try:
@@ -68,6 +69,13 @@ def audit(source: str | Path, step: int | None = None) -> Audit:
         missing = Report("split", None, f"the run's text is not here ({error})")
         return Audit(checks | {"split": lambda: missing})
     return Audit(checks | _TextAudit(store, model, path).checks())
+
+
+def _is_hub_id(source: str) -> bool:
+    """Say whether a source that is no folder here can be an id: "gpt2", "openai-community/gpt2"."""
+    is_path = source.startswith(("outputs/", ".", "/", "~")) or source.count("/") > 1
+    beside = Path(source).parent if "/" in source else Path("outputs", source)
+    return not is_path and not resolve_path(beside).exists()
 
 
 def _from_hub(name: str, step: int | None) -> nn.Module:

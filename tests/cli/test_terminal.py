@@ -1,5 +1,6 @@
 """The commands as typed."""
 
+import itertools
 import json
 import math
 import os
@@ -109,7 +110,7 @@ def test_generate_in_batch(trained):
 
 
 def test_generate_interactively(trained):
-    text = "checkpoints\nload 10\nload 11\nparams\nOnce upon a time\n\nexit\n"
+    text = "checkpoints\nload 10\nload 11\nparams\nOnce upon a time\n\n/exit\n"
     out = lmlib("generate", trained.run_dir, "--max-new-tokens", 5, text=text)
     assert "step      20  validation loss" in out and "Loaded step 10." in out
     assert "no checkpoint of step 11" in out
@@ -121,7 +122,16 @@ def test_checkpoints(trained, tmp_path):
     out = lmlib("checkpoints", trained.run_dir)
     assert [line.split()[1] for line in out.splitlines()] == ["5", "10", "15", "20"]
     assert out.count("(can be resumed)") == 2
-    assert "There is no run" in lmlib("checkpoints", tmp_path / "nothing", check=1)
+    assert "There is no folder" in lmlib("checkpoints", tmp_path / "nothing", check=1)
+
+
+def test_a_misspelled_run_names_the_nearest_without_asking_the_hub(trained):
+    near = trained.run_dir.with_name(trained.run_dir.name[:-1])
+    for command in ("audit", "generate", "checkpoints", "stop"):
+        began = time.monotonic()
+        said = lmlib(command, near, check=1)
+        assert f"There is no folder {near}; did you mean {trained.run_dir}?" in said
+        assert time.monotonic() - began < 20  # transformers would try for 24 seconds or more
 
 
 def test_a_batch_takes_prompts_from_anywhere_and_writes_json_lines(trained, tmp_path):
@@ -246,14 +256,20 @@ def test_runs_says_what_qualifies_their_scores(tmp_path):
     write("diverged", first, last, seed=0)
     write("new", seed=0, lmlib_leaky="split")
     write("strange", {"kind": ["x"], "step": "y"}, {"kind": "eval", "step": 1, "val_loss": [1]})
+    long = "a_" * 40
+    write(long, seed=0)
     head, *lines = lmlib("runs", tmp_path).splitlines()
-    assert head.split() == ["run", "state", "started", "steps", "bits", "per", "byte", "notes"]
-    diverged, new, strange = sorted(lines[:3])
+    assert head.split() == ["run", "state", "started", "steps", "bits", "per", "byte"]
+    assert max(map(len, [head, *lines])) <= 100 and long in lines
     cut = "line of metrics.jsonl cannot be read"
-    assert diverged.endswith(f"1 {cut}; some losses are not finite")
-    assert re.search(r"^diverged  .*stopped +- +5 ", diverged)
-    assert new.endswith(f"0              -  it LEAKS (split); no records yet; 1 {cut}")
-    assert strange.endswith("cannot be read; some losses are not finite")
+    below = dict(itertools.pairwise(lines))
+    [diverged] = [line for line in lines if re.search(r"^diverged  .*stopped +- +5 ", line)]
+    assert below[diverged] == f"    1 {cut}; some losses are not finite"
+    [new] = [line for line in lines if re.search(r"^new  .* 0 +-$", line)]
+    assert below[new] == f"    it LEAKS (split); no records yet; 1 {cut}"
+    [strange] = [line for line in lines if line.startswith("strange")]
+    assert below[strange].endswith("cannot be read; some losses")
+    assert below[below[strange]] == "    are not finite"
 
 
 def test_runs_are_listed_newest_first_with_a_warning_where_they_cannot_be_compared(
@@ -276,8 +292,22 @@ def test_runs_are_listed_newest_first_with_a_warning_where_they_cannot_be_compar
 def test_a_misspelled_command_or_recipe_names_the_nearest(tmp_path):
     assert "trian is not a command; did you mean train?" in lmlib("trian", check=2)
     shown = lmlib("train", "params/smok.yaml", check=1)
-    assert "There is no parameter file params/smok.yaml; did you mean params/smoke.yaml" in shown
-    assert "The recipes are: params/exp8/" in lmlib("train", "mine", check=1)
+    assert "There is no parameter file params/smok.yaml; did you mean params/smoke.yaml?" in shown
+    shown = lmlib("train", "mine", check=1)
+    assert shown == "Error: There is no parameter file mine. `ls params` lists the recipes.\n"
+
+
+def test_a_recipe_is_found_by_its_name_in_params():
+    for command in ("train", "notebook", "sweep", "find-rate"):
+        params = parser().parse_args([command, "no_mask"]).params
+        assert params in (file := "params/exp9_seed_small/no_mask.yaml", [file])
+    assert parser().parse_args(["train", "exp8/mlp_512d"]).params == "params/exp8/mlp_512d.yaml"
+    assert parser().parse_args(["train", "params/smoke.yaml"]).params == "params/smoke.yaml"
+    assert parser().parse_args(["train"]).params == "params/quickstart.yaml"
+
+
+def test_no_command_prints_the_help():
+    assert lmlib() == lmlib("--help")
 
 
 def test_a_terminal_has_colors_and_a_file_has_none(trained):
@@ -320,8 +350,12 @@ def test_a_session_in_a_real_terminal(trained):
     say("\x1b[A\x1b[A", "Generated: To be", "5 tokens")  # two lines up in the history
     say("To bx\x7fe", "Generated: To be")  # a key undone
     say("set temperature -1", "Error: temperature is -1")
-    names = "write set, a name and a value; the names are max_new_tokens"
-    say("set warmth 1", f"Error: set warmth: {names}")
+    say("set warmth 1", "warmth is not a setting", "The settings are max_new_tokens")
+    say("set temprature 1", "temprature is not a setting; did you mean temperature?")
+    say("set top_k", "Error: set top_k: write a value too, as in set top_k 50")
+    say("helpp", "Error: helpp is not a command; did you mean help?")
+    say("/help", "These lines are commands")
+    say(" helpp", "Generated:  helpp", "5 tokens")
     say("params", "max_new_tokens: 5", "temperature: 0.8")
     say("load 10", "Loaded step 10.")
     say("load 7", "Error:", "has no checkpoint of step 7; it has: 5, 10, 15, 20")
@@ -330,7 +364,8 @@ def test_a_session_in_a_real_terminal(trained):
     say("set stop_strings The End|\\n\\n", "stop_strings: The End|\\n\\n")
     say("again", "(seed 1)", "tokens")
     say("set stop_strings none", "stop_strings: none")
-    say("", "Generated: ", "5 tokens")
+    child.sendline("")
+    assert child.expect_exact(["Prompt: ", "Generated: "]) == 0
     say("<|endoftext|>", "5 tokens")
     say("🐎 שלום", "Generated: 🐎 שלום")
     say("set max_new_tokens 100000", "max_new_tokens: 100000")

@@ -203,6 +203,11 @@ class TestVoila:
         page.locator(".lmlib-text .given", has_text="My lord").wait_for()
         page.get_by_role("button", name="Generate", exact=True).wait_for()
         page.screenshot(path=jupyter.SCREENSHOTS / "app.png")
+        background = "getComputedStyle(document.body).getPropertyValue('--jp-layout-color1')"
+        light = page.evaluate(background)
+        page.emulate_media(color_scheme="dark")  # as the reader's system asks for it
+        assert page.evaluate(background) != light in ("white", "#fff", "#ffffff")
+        page.emulate_media(color_scheme="light")
         for width in (1000, 1400):
             check_layout(page, width)
         assert errors == [] and all("//127.0.0.1:" in url for url in requests if "//" in url)

@@ -1,5 +1,6 @@
 """The playground without a browser: Python presses its buttons."""
 
+import json
 import shutil
 import time
 
@@ -9,7 +10,7 @@ import lmlib
 from lmlib.errors import UserError
 from lmlib.generation.settings import Settings
 from lmlib.notebook import token_html
-from lmlib.notebook.playground import Playground, newest_run, playground
+from lmlib.notebook.playground import Playground, best_run, playground
 
 
 @pytest.fixture
@@ -96,7 +97,6 @@ def test_the_menu_opens_another_run_with_a_text_of_it(play, run):
     assert play.run_dir == other and play.step.value == 15 and play.chosen.value == (10, 15)
     [text] = lmlib.generate(*lmlib.load(other), ["To be"], max_new_tokens=12)
     assert play.last[1].text == text and "fill the grid" in play.table.value
-    assert newest_run(run.parent) in (run, other)
 
 
 def test_empty_tabs_say_what_to_do(play):
@@ -106,6 +106,53 @@ def test_empty_tabs_say_what_to_do(play):
         strict=True,
     ):
         assert words in place.value
+
+
+def test_the_app_opens_the_best_finished_run_that_does_not_leak(run):
+    def write(name: str, started: str, bits: float, **config: str):
+        folder = shutil.copytree(run, run.parent / name)
+        changes = {"environment.json": {"sessions": [{"started": started}]}, "config.json": config}
+        for file, change in changes.items():
+            known = json.loads((folder / file).read_text())
+            (folder / file).write_text(json.dumps(known | change))
+        record = {"kind": "eval", "step": 20, "val_loss": bits, "val_bits_per_byte": bits}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        return folder
+
+    good, worse = write("good", "2026-01-01", 2.0), write("worse", "2026-02-01", 2.5)
+    write("leaky", "2026-03-01", 0.1, lmlib_leaky="split")
+    stopped = write("stopped", "2026-04-01", 1.0)
+    (stopped / "results.json").unlink()
+    empty = write("empty", "2026-05-01", 1.0)
+    shutil.rmtree(empty / "checkpoints")
+    assert best_run(run.parent) == good
+    for folder in (good, worse, run):
+        shutil.rmtree(folder)
+    assert best_run(run.parent) == stopped
+
+
+def test_the_model_is_said_to_load_and_nothing_can_be_stopped_until_it_has(play):
+    seen = []
+    play.status.observe(
+        lambda change: seen.append((change.new, play.main.description, play.main.disabled)), "value"
+    )
+    finish(play, play.generate)
+    (first, *button), (second, *later), *_ = seen
+    assert "loading the model…" in first and button == ["Generate", True]
+    assert "generating…" in second and not play.main.disabled
+    assert ["Stop", False] in [rest for _, *rest in seen] and play.main.description == "Generate"
+
+
+def test_tokens_before_the_part_that_is_scored_say_why_they_are_gray(play):
+    play.fields["max_new_tokens"].value = 5
+    finish(play, play.generate)
+    assert "not scored" not in play.output.value
+    play.fields["max_new_tokens"].value = 100  # the window has 64
+    finish(play, play.generate)
+    assert "title='not scored: the text is longer than the context window" in play.output.value
+    assert "Gray after the prompt is not scored" in play.output.value
+    finish(play, play.compare)
+    assert "title='not scored" in play.difference.value
 
 
 def test_errors_appear_in_the_status_line_and_the_playground_keeps_working(play, run):
@@ -168,4 +215,4 @@ def test_outside_jupyterlab_a_line_says_where_to_open_it(run, capsys):
     playground(run)
     assert "open this notebook in JupyterLab" in capsys.readouterr().out
     with pytest.raises(UserError, match="No run under .* has a checkpoint yet. `make train`"):
-        newest_run(run / "checkpoints")
+        best_run(run / "checkpoints")

@@ -508,7 +508,10 @@ def test_a_checkpoint_and_a_folder_of_transformers_are_audited(trained, tmp_path
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["no/such/folder/at/all"], "is not a folder here"),
+        (["no/such/folder/at/all"], "There is no folder"),
+        (["outputs/no_such_run"], "There is no folder"),
+        (["./no_such_run"], "There is no folder"),
+        (["no-such-organization/model"], "transformers cannot load it"),
         (["{run}", "--step", "7"], "has no checkpoint of step 7"),
         (["{run}", "--page", "no/folder/audit.html"], "lie in a folder that exists"),
         (["{run}", "--page", "audit.txt"], "must end in .html"),
