@@ -25,13 +25,15 @@ from torch import Tensor
 
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import load_tokenizer
-from lmlib.files import read_mapping, resolve_path, sync_folder, utc_now
+from lmlib.errors import UserError
+from lmlib.files import read_mapping, sync_folder, utc_now
 from lmlib.leaks import LEAKY
 from lmlib.model import huggingface
 from lmlib.model.card import write_card
 from lmlib.model.huggingface import CheckpointError
 from lmlib.model.manifest import verify_manifest, write_manifest
 from lmlib.model.transformer import LanguageModel
+from lmlib.parameters import existing_folder
 
 Tensors = dict[str, Tensor]
 Step = int | Literal["best"] | None  # None: the newest; "best": of the lowest validation loss
@@ -286,9 +288,10 @@ def find_checkpoint(path: str | Path, step: Step = None) -> Path:
     Without a `step` that is the newest that verifies. Raises a CheckpointError if there is none, it
     is corrupted, or the step is unknown (those of the run are listed).
     """
-    folder = resolve_path(path)
-    if not folder.exists():
-        raise CheckpointError(f"There is no folder {path}. `lmlib runs` lists the runs.")
+    try:
+        folder = existing_folder(path)
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
     if any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         if step is not None:
             raise CheckpointError(f"{path} is a single model, so step={step} does not apply; give "

@@ -27,11 +27,13 @@ MLP_ONLY = ("intermediate_size",)
 
 # What may differ when a run resumes. A change of anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-              "max_hours", "score_test", "micro_batch_size", "device", "output_dir", "run_name"}
+              "max_hours", "score_test", "micro_batch_size", "device", "compile", "output_dir",
+              "run_name"}
 # Names of text and weights, which may lie elsewhere on another machine. Their content must match.
 PATHS = {"corpus", "validation_corpus", "tokenizer", "init_from"}
 # What a run of a version without these parameters did.
-ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None}
+ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None,
+          "decay_ratio": None, "muon_momentum": 0.95, "compile": False}
 
 
 @dataclass(frozen=True, init=False)
@@ -47,6 +49,7 @@ class RunConfig:
     seed: int = 0                     # every random choice is a function of (seed, step)
     device: str = "auto"              # "auto", "cpu", "cuda" or "cuda:1"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the loss; auto: on CUDA
     deterministic: bool = False       # deterministic algorithms only (CPU runs are exact anyway)
 
     # Text
@@ -98,7 +101,9 @@ class RunConfig:
     optimizer: Literal["muon", "adamw"] = "muon"  # "muon" (AdamW for non-matrices) or "adamw"
     learning_rate: float = 0.01       # AdamW's peak learning rate
     muon_learning_rate: float = 0.02  # Muon's peak learning rate
-    warmup_ratio: float = 0.05        # fraction of steps for warmup; then cosine decay to 10 %
+    muon_momentum: float = 0.9        # muon: decay of the running mean of gradients
+    warmup_ratio: float = 0.05        # fraction of steps in which the rates rise to their peaks
+    decay_ratio: float | None = 0.6   # last fraction, in which they fall to 0; None: cosine to 10 %
     weight_decay: float = 0.1         # decoupled, on matrices only
     grad_clip: float = 1.0            # limit on the gradient norm; 0: none
     dropout: float = 0.0              # on the embeddings and on each residual branch
@@ -200,7 +205,8 @@ def _contradictions(c: RunConfig) -> list[str]:
     limit("learning_rate muon_learning_rate rope_theta max_hours", lambda n: n > 0, "above 0")
     limit("weight_decay grad_clip seed qk_nope_head_dim", lambda n: n >= 0, "0 or more")
     limit("seed", lambda n: n < 2**63, "below 2**63")
-    limit("dropout warmup_ratio", lambda n: 0 <= n < 1, "at least 0 and below 1")
+    limit("dropout warmup_ratio muon_momentum", lambda n: 0 <= n < 1, "at least 0 and below 1")
+    limit("decay_ratio", lambda n: 0 < n <= 1, "above 0 and at most 1, or null")
     limit("qk_rope_head_dim", lambda n: n % 2 == 0, "even, since rotary positions rotate pairs")
     limit("test_fraction", lambda n: 0 <= n < 1, "at least 0 (no test split) and below 1")
     need(0 < c.validation_fraction < 1 or (c.validation_corpus is not None and not c.has_test),

@@ -13,11 +13,19 @@ from lmlib.errors import UserError
 FINAL_LR_FRACTION = 0.1  # of the peak learning rate, at the end of the cosine
 
 
-def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
-    """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak."""
+def schedule(step: int, total_steps: int, warmup_ratio: float,
+             decay_ratio: float | None = None) -> float:
+    """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak.
+
+    After the warmup it stays at 1, then falls in a line to 0 over the last `decay_ratio` of the
+    steps; None: it follows a cosine to 0.1 instead.
+    """
     warmup = round(warmup_ratio * total_steps)
     if step <= warmup:
         return step / warmup
+    if decay_ratio is not None:
+        # The last update is the last with a rate above 0.
+        return min(1.0, (total_steps + 1 - step) / (decay_ratio * total_steps + 1))
     progress = (step - warmup) / max(1, total_steps - warmup)  # along the cosine
     return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -118,7 +126,8 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=True)]
     if muon:
-        optimizers.insert(0, Muon(matrices, config.muon_learning_rate, config.weight_decay))
+        optimizers.insert(0, Muon(matrices, config.muon_learning_rate, config.weight_decay,
+                                  config.muon_momentum))
     for group in _groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers

@@ -53,7 +53,8 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     file = resolve_path(path)
     if not file.is_file():
         recipes = {recipe.stem: str(recipe) for recipe in _recipes()}
-        hint = did_you_mean(Path(path).stem, recipes, recipes.get) or "."
+        top = sorted(recipe for recipe in recipes.values() if recipe.count("/") == 1)
+        hint = did_you_mean(Path(path).stem, recipes, recipes.get) or f" ({', '.join(top)}, ...)."
         raise UserError(f"There is no parameter file {path}{hint} `ls params` lists the recipes.")
     try:
         parameters = yaml.load(file.read_text("utf-8"), _StrictLoader)

@@ -111,7 +111,8 @@ def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> It
         return  # nothing to save yet
     for step in range(progress.step + 1, last + 1):
         run.saver.check()  # a failed save stops the run here, not at the next checkpoint
-        apply_update(run, step, lr_factor := optim.schedule(step, last, config.warmup_ratio))
+        lr_factor = optim.schedule(step, last, config.warmup_ratio, config.decay_ratio)
+        apply_update(run, step, lr_factor)
         progress.step = step
         is_logged, is_scored, is_saved = (step % every == 0 or step == last for every in (
             config.log_every, config.eval_every, config.checkpoint_every))
@@ -138,9 +139,8 @@ def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> It
 
 def _why_stop(run: Run, stop_reason: Callable[[], str], deadline: Deadline) -> str:
     """Say why the run should stop after this step, or ""."""
-    is_near = deadline.is_near()  # called every step, since it measures their length
-    asked = "its consumer has left" if run.is_closed else stop_reason()
-    return asked or ("max_hours" if is_near else "")
+    is_near = "max_hours" if deadline.is_near() else ""  # every step, to measure their length
+    return "its consumer has left" if run.is_closed else stop_reason() or is_near
 
 
 def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
@@ -151,8 +151,6 @@ def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
     run.metrics.append(record)
     return record
 
-
-# ---- One update ----
 
 def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
     """Make update `step` at `lr_factor` of the peak rates; returns its loss, () on the device.
@@ -222,27 +220,25 @@ def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
     With `lr_factor`, that of the last update, its loss is recorded. Raises `NonFinite` where
     `on_nonfinite` is "stop".
     """
-    config, progress, updates = run.config, run.progress, run.updates.read()
-    if updates:
-        run.throughput.end_updates(len(updates))
-    for step, size in run.updates.out_of_memory:
+    config, updates = run.config, run.updates.read()
+    run.throughput.end_updates(len(updates))
+    while run.updates.out_of_memory:
+        step, size = run.updates.out_of_memory.pop(0)
         yield emit(run, "out_of_memory", {"micro_batch_size": size}, step)
-    run.updates.out_of_memory.clear()
     for update in updates:
         yield from _events(run, update)
-    if lr_factor is not None and updates[-1].is_finite:
-        learning_rate = lr_factor * config.learning_rate
-        values = {"loss": updates[-1].loss, "learning_rate": learning_rate,
-                  "grad_norm": updates[-1].grad_norm}
+    if lr_factor and updates[-1].is_finite:
+        last, rate = updates[-1], lr_factor * config.learning_rate
+        values = {"loss": last.loss, "learning_rate": rate, "grad_norm": last.grad_norm}
         if config.feed_forward == "moe":
             values["expert_load"] = expert_load(run.model)
-        yield emit(run, "step", values, **run.throughput.since_last_log(progress.step))
+        yield emit(run, "step", values, **run.throughput.since_last_log(run.progress.step))
 
 
 def _events(run: Run, update: Update) -> Iterator[Record]:
     """Yield a record if an update was not finite or its loss is a spike."""
-    progress, step, loss = run.progress, update.step, update.loss
-    norm, recent = update.grad_norm, progress.recent_losses
+    progress, step, loss, norm = run.progress, update.step, update.loss, update.grad_norm
+    recent = progress.recent_losses
     if update.is_finite:
         if is_spike(loss, recent):
             yield emit(run, "spike", {"loss": loss, "usual_loss": sum(recent) / len(recent),
@@ -297,8 +293,8 @@ def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, l
     prompt = min(PROMPT_TOKENS, windows.shape[1] // 2)
     settings = Settings(min(SAMPLE_TOKENS, windows.shape[1] - prompt), temperature=0)
     ids = windows[:, :prompt].tolist()
-    texts = complete(generate_ids(model, tokenizer, ids, settings))
-    return {"prompts": list(map(tokenizer.decode, ids)), "texts": [text.text for text in texts]}
+    texts = [t.text for t in complete(generate_ids(model, tokenizer, ids, settings))]
+    return {"prompts": list(map(tokenizer.decode, ids)), "texts": texts}
 
 
 def save(run: Run, scheduled: bool):

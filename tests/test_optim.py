@@ -96,6 +96,16 @@ def test_the_schedule_warms_up_over_5_percent_and_decays_to_10_percent():
     assert [optim.schedule(step, 1, 0.0) for step in (1,)] == [pytest.approx(0.1)]
 
 
+def test_the_linear_schedule_stays_at_the_peak_and_falls_to_nearly_zero():
+    fractions = [optim.schedule(step, 1000, 0.05, 0.6) for step in range(1, 1001)]
+    assert fractions[24] == 0.5 and fractions[49:399] == [1.0] * 350
+    assert fractions[699] == pytest.approx(0.5, abs=2e-3)
+    assert 0 < fractions[-1] < 2 / 600
+    falls = [a - b for a, b in zip(fractions[400:], fractions[401:], strict=False)]
+    assert max(falls) == pytest.approx(min(falls))
+    assert optim.schedule(1, 1, 0.0, 0.6) > 0
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_optimizer_state_is_restored_from_named_tensors(name):
     config = RunConfig(vocab_size=300, optimizer=name)

@@ -61,7 +61,7 @@ def figure(reports: list[Report], name: str = "") -> go.Figure:
     leaks = np.zeros((length, length)) if pairs is None else (pairs > TOLERANCE).numpy()
     starts = np.arange(0, len(leaks), -(-len(leaks) // 64))  # at most 64 x 64 squares
     leaks = np.maximum.reduceat(np.maximum.reduceat(leaks, starts, 0), starts, 1)
-    # Red (0) is a leak, white (1) no dependency, blue (2) one that the causal mask allows.
+    # Red (0) is a leak, gray (1) no dependency, blue (2) one that the causal mask allows.
     colors = np.where(leaks, 0, np.tril(np.ones(leaks.shape, int)) + 1)
     drawn = make_subplots(1, 3, subplot_titles=["Logits at t that depend on token s (red: leak)",
                                                 "Loss by position (nats)", "Accuracy by position"])

@@ -111,6 +111,10 @@ def rotate(x: Tensor, angles: Tensor, interleave: bool) -> Tensor:
     # interleaved: the same permutation of q and k leaves q k^T as it is.
     pairs = x.unflatten(-1, (-1, 2)) if interleave else x.unflatten(-1, (2, -1)).mT
     pairs = pairs if x.dtype == torch.float64 else pairs.float()
+    if torch.compiler.is_compiling():  # its compiler knows real numbers only
+        (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(angles[0]).unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
     # A view as complex numbers needs the parts of each beside each other, at an even address.
     if pairs.stride(-1) != 1 or any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):
         pairs = pairs.contiguous()

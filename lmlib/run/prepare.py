@@ -17,6 +17,7 @@ from lmlib.files import read_mapping, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.size import active_parameter_count, flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.compiled import compile_loss
 from lmlib.run.environment import check_data, code_version, differences, environment
 from lmlib.run.lineage import Lineage, lineage_of
 from lmlib.run.preflight import before_training
@@ -60,6 +61,7 @@ class Run:
     updates: Updates  # not read yet
     audit: dict[str, Any]
     is_audited: bool  # in this session; False: the audit of an earlier one holds
+    is_compiled: bool
     is_closed: bool = False  # the consumer of the records has left
     metrics: Metrics | None = None  # it and the saver are opened by `record_start`
     saver: checkpoint.Saver | None = None
@@ -99,11 +101,15 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     is_old = not isinstance(audit, dict) or audit.get("code") != code
     if is_old:
         audit = before_training(start, config, model, store, lineage) | {"code": code}
+    why_eager = compile_loss(model, config, *store.batch(start.step + 1), start.dtype)
+    if why_eager and config.compile == "auto" and start.device.type == "cuda":
+        warnings.warn(f"The model is not compiled, and slower than it could be: {why_eager}",
+                      stacklevel=2)
     progress = _progress(start, config)
     return Run(start, config, store, model, optimizers, text,
                token_bytes(store.tokenizer, config.vocab_size), lineage, progress,
                Throughput(model, start.dtype, progress.timing),
-               Updates(start.device, config.on_nonfinite == "stop"), audit, is_old)
+               Updates(start.device, config.on_nonfinite == "stop"), audit, is_old, not why_eager)
 
 
 def _progress(start: Start, config: RunConfig) -> Progress:
@@ -138,7 +144,7 @@ def record_start(run: Run):
     needed = disk_needed(config, model, run.optimizers, run.progress.step)
     checkpoint.check_space(run_dir, needed)
     before = read_mapping(run_dir / "environment.json") if run.start.resumes else {}
-    current = environment(run.store, run.start.device)
+    current = {**environment(run.store, run.start.device), "compiled": run.is_compiled}
     for difference in differences(before, current):
         warnings.warn(f"Resuming may not be bit-identical: {difference}.", stacklevel=2)
     parent = run.start.parent

@@ -137,7 +137,7 @@ def test_score(results: dict[str, Any]) -> str:
 def measured_on(config: RunConfig, store_info: dict[str, Any]) -> dict[str, Any]:
     """Say what the scores in results.json were measured on."""
     source = config.validation_corpus or f"documents of {config.corpus} not used for training"
-    kind = "text ({}) that steered and ranked this run"
+    kind = "text ({}) that this run was watched and ranked by"
     scores = f"validation {kind.format(source)}"
     if config.split == "windows":
         scores = f"NOT held out (windows of {config.corpus} that overlap training windows)"

@@ -243,7 +243,8 @@ def _plan(start: Start) -> str:
         if ended not in (None, config.total_steps):
             verb = "stretched" if ended < config.total_steps else "shortened"
             line += f" The learning-rate schedule, which ended at step {ended}, is {verb} to it."
-            rates = [optim.schedule(step, total, config.warmup_ratio) * config.learning_rate
+            rates = [config.learning_rate
+                     * optim.schedule(step, total, config.warmup_ratio, config.decay_ratio)
                      for step, total in ((start.step, ended), (start.step + 1, config.total_steps))]
             if start.step < config.total_steps and not 0.9 < rates[1] / rates[0] < 1.1:
                 line += f" With its next step the rate jumps from {rates[0]:.2g} to {rates[1]:.2g}."

@@ -37,8 +37,9 @@ class Throughput:
 
     def end_updates(self, count: int):
         """Stop it after so many updates, whose results have been read: their kernels have run."""
-        self.update_seconds += time.perf_counter() - self.updates_started
-        self.updates += count
+        if count:
+            self.update_seconds += time.perf_counter() - self.updates_started
+            self.updates += count
         self.updates_started = 0.0
 
     def seconds(self) -> float:

@@ -130,7 +130,7 @@ def test_a_misspelled_run_names_the_nearest_without_asking_the_hub(trained):
     for command in ("audit", "generate", "checkpoints", "stop"):
         began = time.monotonic()
         said = lmlib(command, near, check=1)
-        assert f"There is no folder {near}; did you mean {trained.run_dir}?" in said
+        assert f"There is no folder {near}; did you mean {trained.run_dir}" in said
         assert time.monotonic() - began < 20  # transformers would try for 24 seconds or more
 
 
@@ -294,7 +294,7 @@ def test_a_misspelled_command_or_recipe_names_the_nearest(tmp_path):
     shown = lmlib("train", "params/smok.yaml", check=1)
     assert "There is no parameter file params/smok.yaml; did you mean params/smoke.yaml?" in shown
     shown = lmlib("train", "mine", check=1)
-    assert shown == "Error: There is no parameter file mine. `ls params` lists the recipes.\n"
+    assert shown.startswith("Error: There is no parameter file mine (params/exp9.yaml, ")
 
 
 def test_a_recipe_is_found_by_its_name_in_params():

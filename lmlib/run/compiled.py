@@ -1,0 +1,57 @@
+"""torch.compile for the loss and its gradient, used only where it computes what eager code does."""
+
+import torch
+from torch import Tensor
+
+from lmlib.config import RunConfig
+from lmlib.errors import UserError
+from lmlib.model.transformer import LanguageModel
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient, relative to its norm
+REPLAYS = 3  # a CUDA graph is recorded in the second call and replayed from the third
+
+
+def compile_loss(model: LanguageModel, config: RunConfig, ids: Tensor, targets: Tensor,
+                 dtype: torch.dtype) -> str:
+    """Compile `model.loss` if `config.compile` asks for it; returns why it stays eager, or "".
+
+    `ids` and `targets` are a batch (B, T). It is computed both ways and compared: on CUDA the
+    compiled loss replays graphs, whose memory is used again.
+
+    Raises:
+        ValueError: `compile` is true, and it cannot be compiled or computes something else.
+    """
+    device = next(model.parameters()).device
+    if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
+        return "not asked for"
+    is_whole = config.micro_batch_size in (None, config.batch_size)  # else gradients accumulate
+    mode = "reduce-overhead" if device.type == "cuda" and is_whole else "default"
+    rows = config.micro_batch_size or config.batch_size
+    batch = ids[:rows].to(device), targets[:rows].to(device)
+    eager = _gradient(model, *batch, dtype)
+    model.loss = torch.compile(model.loss, dynamic=False, mode=mode)
+    try:
+        found = [_gradient(model, *batch, dtype) for _ in range(REPLAYS)]
+        worst = max(float((new - eager).norm() / eager.norm()) for new in found)
+        problem = "" if worst <= TOLERANCE[dtype] else f"its gradient differs by {worst:.1e}"
+    except Exception as error:  # of any kind: the compiler's, or a missing C++ compiler
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    if problem:
+        del model.loss  # the class's method again
+        if config.compile is True:
+            raise UserError(f"compile is true, but the model cannot be compiled here ({problem}). "
+                            "Set it to false.")
+    return problem
+
+
+def _gradient(model: LanguageModel, ids: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the loss and gradient of a batch, dropout left out, as one vector in float64."""
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model.loss(ids, targets)
+    loss.backward()
+    gradients = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    found = torch.cat([loss.detach().double()[None], *gradients])
+    model.zero_grad(set_to_none=True)
+    return found.cpu()
