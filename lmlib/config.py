@@ -70,7 +70,7 @@ class RunConfig:
 
     # Model
     hidden_size: int = 192            # width of the residual stream
-    num_hidden_layers: int = 4        # decoder layers
+    num_hidden_layers: int = 3        # decoder layers
     num_attention_heads: int = 4      # attention heads
     intermediate_size: int = 512      # mlp: width of the SwiGLU feed-forward layer
     attention: Literal["mla", "mha"] = "mla"  # "mla": latent (DeepSeek-V3); "mha": plain (Llama)
@@ -95,11 +95,11 @@ class RunConfig:
     init_state: Literal["weights", "full"] = "weights"  # full: its step and optimizer state too
 
     # Training
-    total_steps: int = 700            # optimizer updates
+    total_steps: int = 1000           # optimizer updates
     batch_size: int = 8               # windows per update
     micro_batch_size: int | None = None  # windows per forward pass, to save memory; None: all
     optimizer: Literal["muon", "adamw"] = "muon"  # "muon" (AdamW for non-matrices) or "adamw"
-    learning_rate: float = 0.01       # AdamW's peak learning rate
+    learning_rate: float = 0.02       # AdamW's peak learning rate
     muon_learning_rate: float = 0.02  # Muon's peak learning rate
     muon_momentum: float = 0.9        # muon: decay of the running mean of gradients
     warmup_ratio: float = 0.05        # fraction of steps in which the rates rise to their peaks
@@ -107,7 +107,7 @@ class RunConfig:
     weight_decay: float = 0.1         # decoupled, on matrices only
     grad_clip: float = 1.0            # limit on the gradient norm; 0: none
     dropout: float = 0.0              # on the embeddings and on each residual branch
-    eval_every: int = 50              # steps between evaluations
+    eval_every: int = 100             # steps between evaluations
     checkpoint_every: int = 100       # steps between checkpoints
     keep_checkpoints: int | None = None  # newest to keep, besides the best; None: all
     log_every: int = 10               # steps between log lines

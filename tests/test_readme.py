@@ -99,4 +99,6 @@ def test_gpu_benchmark_runs_on_cpu(tmp_path):
     subprocess.run([sys.executable, script, *options], check=True, cwd=PROJECT_ROOT)
     report = yaml.safe_load((tmp_path / "gpu.json").read_text())
     assert all(check["passed"] for check in report["checks"].values())
+    assert [row["seconds"] > 0 for row in report["steps"]] == [True] * 3
+    assert report["kernels"]["forward"]["kernels"] > 100
     assert report["exp9"]["steps_made"] == 20 and report["exp9"]["held_out"][0]["step"] == 0

@@ -67,15 +67,15 @@ def test_none_leaves_the_recipe_and_any_other_value_overrides_it(tmp_path):
     config = run_notebook(
         tmp_path,
         recipe + 'max_tokens = "null"\nq_lora_rank = "null"\nvocab_size = "null"\n'
-        "total_steps = 700\nmicro_batch_size = 4",
+        "total_steps = 1000\nmicro_batch_size = 4",
     )
     wanted = {"max_tokens": None, "q_lora_rank": None, "vocab_size": None}
     assert config == RunConfig.load(
-        "params/exp9.yaml", **wanted, total_steps=700, micro_batch_size=4
+        "params/exp9.yaml", **wanted, total_steps=1000, micro_batch_size=4
     )
-    # 700 is the default of total_steps, and no less an override.
-    config = run_notebook(tmp_path, 'recipe = "params/smoke.yaml"\ntotal_steps = 700')
-    assert (config.total_steps, config.vocab_size) == (700, 512)
+    # 1000 is the default of total_steps, and no less an override.
+    config = run_notebook(tmp_path, 'recipe = "params/smoke.yaml"\ntotal_steps = 1000')
+    assert (config.total_steps, config.vocab_size) == (1000, 512)
 
 
 @pytest.mark.parametrize("null", [None, "null"])
@@ -91,7 +91,7 @@ def test_an_injected_none_is_null(tmp_path, null):
 
 @pytest.mark.parametrize("history", [True, False])  # nbval keeps no history
 def test_lmlib_notebook_injects_every_value_with_history_and_without(tmp_path, history):
-    null = {"max_tokens": None, "q_lora_rank": None, "vocab_size": None, "total_steps": 700}
+    null = {"max_tokens": None, "q_lora_rank": None, "vocab_size": None, "total_steps": 1000}
     for overrides in ({}, null, {"micro_batch_size": 2}):
         config = RunConfig.load("params/exp9.yaml", **overrides)
         injected = _injected(config, "params/exp9.yaml")
