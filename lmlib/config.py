@@ -33,7 +33,7 @@ MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "kee
 PATHS = {"corpus", "validation_corpus", "tokenizer", "init_from"}
 # What a run of a version without these parameters did.
 ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None,
-          "decay_ratio": None, "muon_momentum": 0.95, "compile": False}
+          "decay_ratio": 0.0, "muon_momentum": 0.95, "compile": False}
 
 
 @dataclass(frozen=True, init=False)
@@ -103,7 +103,7 @@ class RunConfig:
     muon_learning_rate: float = 0.02  # Muon's peak learning rate
     muon_momentum: float = 0.9        # muon: decay of the running mean of gradients
     warmup_ratio: float = 0.05        # fraction of steps in which the rates rise to their peaks
-    decay_ratio: float | None = 0.6   # last fraction, in which they fall to 0; None: cosine to 10 %
+    decay_ratio: float = 0.6          # last fraction, in which they fall to 0; 0: cosine to 10 %
     weight_decay: float = 0.1         # decoupled, on matrices only
     grad_clip: float = 1.0            # limit on the gradient norm; 0: none
     dropout: float = 0.0              # on the embeddings and on each residual branch
@@ -206,7 +206,7 @@ def _contradictions(c: RunConfig) -> list[str]:
     limit("weight_decay grad_clip seed qk_nope_head_dim", lambda n: n >= 0, "0 or more")
     limit("seed", lambda n: n < 2**63, "below 2**63")
     limit("dropout warmup_ratio muon_momentum", lambda n: 0 <= n < 1, "at least 0 and below 1")
-    limit("decay_ratio", lambda n: 0 < n <= 1, "above 0 and at most 1, or null")
+    limit("decay_ratio", lambda n: 0 <= n <= 1, "at least 0 (a cosine) and at most 1")
     limit("qk_rope_head_dim", lambda n: n % 2 == 0, "even, since rotary positions rotate pairs")
     limit("test_fraction", lambda n: 0 <= n < 1, "at least 0 (no test split) and below 1")
     need(0 < c.validation_fraction < 1 or (c.validation_corpus is not None and not c.has_test),

@@ -13,17 +13,16 @@ from lmlib.errors import UserError
 FINAL_LR_FRACTION = 0.1  # of the peak learning rate, at the end of the cosine
 
 
-def schedule(step: int, total_steps: int, warmup_ratio: float,
-             decay_ratio: float | None = None) -> float:
+def schedule(step: int, total_steps: int, warmup_ratio: float, decay_ratio: float = 0.0) -> float:
     """Return the learning rate of update `step` (1 .. total_steps) as a fraction of the peak.
 
     After the warmup it stays at 1, then falls in a line to 0 over the last `decay_ratio` of the
-    steps; None: it follows a cosine to 0.1 instead.
+    steps; with 0 it follows a cosine to 0.1 instead.
     """
     warmup = round(warmup_ratio * total_steps)
     if step <= warmup:
         return step / warmup
-    if decay_ratio is not None:
+    if decay_ratio:
         # The last update is the last with a rate above 0.
         return min(1.0, (total_steps + 1 - step) / (decay_ratio * total_steps + 1))
     progress = (step - warmup) / max(1, total_steps - warmup)  # along the cosine

@@ -44,7 +44,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
         ),
         ({"warmup_ratio": 1.0}, "must be at least 0 and below 1"),
         ({"warmup_ratio": 12}, "must be at least 0 and below 1"),
-        ({"decay_ratio": 0.0}, "above 0 and at most 1, or null"),
+        ({"decay_ratio": 1.5}, "at least 0 (a cosine) and at most 1"),
         ({"muon_momentum": 1.0}, "must be at least 0 and below 1"),
         ({"compile": "yes"}, "compile is 'yes'; write true or false"),
         ({"validation_windows": 0}, "validation_windows is 0; it must be 1 or more"),
