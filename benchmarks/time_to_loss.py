@@ -52,7 +52,7 @@ TOKENS = {  # tuned on the first 90 % of tinyshakespeare
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 8,
     "v_head_dim": 24,
-    "total_steps": 90,
+    "total_steps": 110,
     "batch_size": 8,
     "learning_rate": 0.02,
     "muon_learning_rate": 0.02,
@@ -62,7 +62,7 @@ CHARACTERS = {
     **TOKENS,
     "vocab_size": 260,
     "num_hidden_layers": 3,
-    "total_steps": 500,
+    "total_steps": 460,
     "batch_size": 12,
     "muon_momentum": 0.9,
 }

@@ -28,7 +28,7 @@ from lmlib.run.updates import Updates
 
 # Raised when a change of the code changes what a step computes or which text scores it, so that a
 # run of the version before cannot resume bit for bit. 2: validation windows at equal distances.
-# 3: fewer operators for norms, rotary positions and Muon; losses differ by 1e-6 and less.
+# 3: fewer operators for norms, rotary positions and Muon.
 ARITHMETIC_VERSION = 3
 
 

@@ -152,7 +152,9 @@ def test_a_search_that_never_learns_suggests_nothing():
     config = lmlib.RunConfig()
     assert _steepest([0.1, 1.0, 10.0], [5.0, 5.1, 5.2]) is None and _steepest([], []) is None
     found = RangeTest(config, [0.1, 1.0, 10.0], [5.0, 5.1, 5.2], None)
-    assert found.suggestion == {} and [c.learning_rate for c in candidates(found, 5)] == [0.01]
+    assert found.suggestion == {} and [c.learning_rate for c in candidates(found, 5)] == [
+        config.learning_rate
+    ]
     assert _steepest([1, 2, 4, 8, 16], [5.0, 4.9, 4.0, 3.95, 9.0]) == 2
 
 
