@@ -29,15 +29,15 @@ def compile_loss(model: LanguageModel, config: RunConfig, ids: Tensor, targets: 
     rows = config.micro_batch_size or config.batch_size
     batch = ids[:rows].to(device), targets[:rows].to(device)
     eager = _gradient(model, *batch, dtype)
-    model.loss = torch.compile(model.loss, dynamic=False, mode=mode)
     try:
+        model.loss = torch.compile(model.loss, dynamic=False, mode=mode)
         found = [_gradient(model, *batch, dtype) for _ in range(REPLAYS)]
         worst = max(float((new - eager).norm() / eager.norm()) for new in found)
         problem = "" if worst <= TOLERANCE[dtype] else f"its gradient differs by {worst:.1e}"
     except Exception as error:  # of any kind: the compiler's, or a missing C++ compiler
         problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     if problem:
-        del model.loss  # the class's method again
+        vars(model).pop("loss", None)  # the class's method again
         if config.compile is True:
             raise UserError(f"compile is true, but the model cannot be compiled here ({problem}). "
                             "Set it to false.")

@@ -416,7 +416,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
 
     jupyter.saved(page)
     page.reload()
-    page.wait_for_selector(".js-plotly-plot .trace", state="attached", timeout=60_000)
+    page.wait_for_selector(".js-plotly-plot .trace", state="attached", timeout=240_000)
     page.wait_for_function(f"{chart}.layout.yaxis.type === 'log'")
     assert set(page.evaluate(runs)) == {"trained", "second"}
     assert page.get_by_label("log loss").is_checked()

@@ -55,6 +55,7 @@ def test_a_compiled_loss_with_another_gradient_is_refused(smoke, monkeypatch, fa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler warns, and fails on errors
 def test_a_compiled_run_follows_the_eager_one_and_resumes(smoke):
     eager = smoke(run_name="eager", total_steps=6, dropout=0.0, log_every=1, checkpoint_every=3)
     compiled = replace(eager, run_name="compiled", compile=True, deterministic=True)
