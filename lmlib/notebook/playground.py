@@ -299,7 +299,8 @@ class Playground:
 
     def _show_busy(self, is_busy: bool, can_stop: bool = True):
         self.main.disabled = is_busy and not can_stop
-        self.main.description = "Stop" if is_busy and can_stop else "Generate"
+        busy = "Stop" if can_stop else "Loading…"
+        self.main.description = busy if is_busy else "Generate"
         self.main.button_style = "danger" if is_busy and can_stop else "primary"
 
     def _show_columns(self, columns: list[Cell], prompt: str, texts: list[str]):

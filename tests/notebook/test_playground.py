@@ -138,7 +138,7 @@ def test_the_model_is_said_to_load_and_nothing_can_be_stopped_until_it_has(play)
     )
     finish(play, play.generate)
     (first, *button), (second, *later), *_ = seen
-    assert "loading the model…" in first and button == ["Generate", True]
+    assert "loading the model…" in first and button == ["Loading…", True]
     assert "generating…" in second and not play.main.disabled
     assert ["Stop", False] in [rest for _, *rest in seen] and play.main.description == "Generate"
 
