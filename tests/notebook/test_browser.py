@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import browser as jupyter
 import pytest
@@ -374,6 +375,20 @@ def test_the_explorer_controls_curves_and_follows_a_run_until_it_is_killed(
     page.close()
 
 
+def reloaded(page, selector):
+    """Reload a page until it has an element; JupyterLab may stay at its splash on a busy machine."""
+    for _ in range(3):
+        page.reload()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            jupyter.answer_dialogs(page)
+            if page.locator(selector).count():
+                return
+            page.wait_for_timeout(200)
+    page.screenshot(path=SCREENSHOTS / "reload_failed.png")
+    raise AssertionError(f"no {selector} after three reloads")
+
+
 def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, trained):
     """Runs are chosen from the list; the charts of a reloaded page agree with its controls."""
     for name in ("second", "third"):
@@ -415,8 +430,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     )
 
     jupyter.saved(page)
-    page.reload()
-    page.wait_for_selector(".js-plotly-plot .trace", state="attached", timeout=240_000)
+    reloaded(page, ".js-plotly-plot .trace")
     page.wait_for_function(f"{chart}.layout.yaxis.type === 'log'")
     assert set(page.evaluate(runs)) == {"trained", "second"}
     assert page.get_by_label("log loss").is_checked()
