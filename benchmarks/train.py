@@ -63,7 +63,7 @@ def measure(config: RunConfig, kind: str, steps: int) -> dict:
             optimizer.step()
         if step:  # the first warms up
             seconds.append(time.process_time() - began)
-    return {"seconds": seconds, "loss": float(loss), "memory": _peak() - imports}
+    return {"seconds": seconds, "loss": float(loss.detach()), "memory": _peak() - imports}
 
 
 def _peak() -> int:
