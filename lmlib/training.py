@@ -114,8 +114,8 @@ def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> It
         lr_factor = optim.schedule(step, last, config.warmup_ratio, config.decay_ratio)
         apply_update(run, step, lr_factor)
         progress.step = step
-        is_logged, is_scored, is_saved = (step % every == 0 or step == last for every in (
-            config.log_every, config.eval_every, config.checkpoint_every))
+        every = config.log_every, config.eval_every, config.checkpoint_every
+        is_logged, is_scored, is_saved = (step % n == 0 or step == last for n in every)
         if is_logged or is_scored or is_saved:
             yield from read_updates(run, lr_factor if is_logged else None)
         if is_scored:
@@ -220,7 +220,7 @@ def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
     With `lr_factor`, that of the last update, its loss is recorded. Raises `NonFinite` where
     `on_nonfinite` is "stop".
     """
-    config, updates = run.config, run.updates.read()
+    updates = run.updates.read()
     run.throughput.end_updates(len(updates))
     while run.updates.out_of_memory:
         step, size = run.updates.out_of_memory.pop(0)
@@ -228,9 +228,9 @@ def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
     for update in updates:
         yield from _events(run, update)
     if lr_factor and updates[-1].is_finite:
-        last, rate = updates[-1], lr_factor * config.learning_rate
+        last, rate = updates[-1], lr_factor * run.config.learning_rate
         values = {"loss": last.loss, "learning_rate": rate, "grad_norm": last.grad_norm}
-        if config.feed_forward == "moe":
+        if run.config.feed_forward == "moe":
             values["expert_load"] = expert_load(run.model)
         yield emit(run, "step", values, **run.throughput.since_last_log(run.progress.step))
 
@@ -238,8 +238,8 @@ def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
 def _events(run: Run, update: Update) -> Iterator[Record]:
     """Yield a record if an update was not finite or its loss is a spike."""
     progress, step, loss, norm = run.progress, update.step, update.loss, update.grad_norm
-    recent = progress.recent_losses
     if update.is_finite:
+        recent = progress.recent_losses
         if is_spike(loss, recent):
             yield emit(run, "spike", {"loss": loss, "usual_loss": sum(recent) / len(recent),
                                       "grad_norm": norm}, step)
@@ -250,9 +250,8 @@ def _events(run: Run, update: Update) -> Iterator[Record]:
     if run.config.on_nonfinite == "stop":
         raise NonFinite(
             f"The loss ({loss}) or gradient norm ({norm}) of step {step} is not finite. No weight "
-            "was changed by it or after it. Start a run with another run_name: from scratch with a "
-            "lower learning_rate, or from this run's last checkpoint (init_from, init_state: full) "
-            "with on_nonfinite: skip.")
+            "was changed since. Start a run with another run_name: with a lower learning_rate, or "
+            "from the last checkpoint (init_from, init_state: full) with on_nonfinite: skip.")
     progress.skipped = [*progress.skipped, step]
 
 

@@ -270,8 +270,9 @@ def loss_column(run_dirs: Iterable[str | Path]) -> tuple[str, str]:
         return "val_loss", ""
     other_text = ("" if different == ["tokenizer"] else
                   " They were scored on different text, so small differences mean nothing.")
-    return "val_bits_per_byte", (f"⚠ These runs differ in {', '.join(different)}: their losses per "
-                                 f"token cannot be compared, bits per byte can.{other_text}")
+    names = ", ".join(different)
+    return "val_bits_per_byte", (f"⚠ These runs differ in {names}: their losses per token cannot "
+                                 f"be compared, bits per byte can.{other_text}")
 
 
 def parameters_table(run_dirs: Iterable[str | Path], differences_only: bool = True) -> pd.DataFrame:
