@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lmlib.analysis.forecasting import forecast_from
 from lmlib.intervals import FEW, student_t
 
 MAX_POINTS = 1000  # per line: a browser stays quick, and a page small
@@ -13,6 +14,7 @@ MAX_MARKERS = 50  # more than that hide the line
 # How a line is drawn: arguments of `add_line`.
 THIN, LINE = {"mode": "lines", "width": 1, "opacity": 0.35}, {"mode": "lines"}
 POINTS = {"mode": "lines+markers"}
+BAND = {"mode": "lines", "width": 0, "opacity": 0.25, "fill": "toself", "hoverinfo": "skip"}
 # Title, unit, y axis, and lines: kind of record, column, name and style.
 NATS = "nats per token"
 SHARES = {"tickformat": ".3~p", "hoverformat": ".1%"}  # of a y axis
@@ -43,8 +45,24 @@ def panel_lines(frame: pd.DataFrame, x: str = "step", smoothing: int | None = No
     if "loss" in steps:
         span = smoothing or max(2, len(steps) // 15)  # explorer's "auto" is 0
         rows["smooth"] = steps.assign(loss=smoothed(steps["loss"], span))
-    return [[_line(rows[kind], x, column, name, style) for kind, column, name, style in lines]
-            for _, _, _, lines in PANELS]
+    panels = [[_line(rows[kind], x, column, name, style) for kind, column, name, style in lines]
+              for _, _, _, lines in PANELS]
+    panels[LOSS].append(_forecast_band(frame, x, folder))
+    return panels
+
+
+def _forecast_band(frame: pd.DataFrame, x: str, folder: str) -> dict[str, Any]:
+    """Return the outline of the forecast's interval as a line; without points where there is none.
+
+    The minutes that are left are not known, and the band is then left out.
+    """
+    expected, xs, ys = forecast_from(frame, folder) if x != "minutes" else None, [], []
+    if expected is not None:
+        newest, curve = frame.loc[frame["step"].idxmax()], expected.curve
+        steps = curve["step"] * (newest[x] / newest["step"])  # tokens and FLOPs grow with steps
+        if np.isfinite(steps).all():
+            xs, ys = [*steps, *steps[::-1]], [*curve["high"], *curve["low"][::-1]]
+    return {"x": xs, "y": ys, "name": "forecast of validation, 90 %", **BAND, "error": None}
 
 
 def smoothed(values: pd.Series, span: int) -> np.ndarray:

@@ -256,6 +256,9 @@ def _draw_line(axis: Any, trace: go.Scatter):
         for a, b, symbol in zip(x, y, trace.marker.symbol, strict=True):
             _draw_line(axis, go.Scatter(trace).update(x=[a], y=[b], marker_symbol=symbol))
         return
+    if trace.fill == "toself":
+        axis.fill(x, y, color=trace.line.color, alpha=trace.opacity, linewidth=0)
+        return
     symbol, mode = trace.marker.symbol or "circle", trace.mode
     names = [html.unescape(value) if isinstance(value, str) else value for value in y]
     axis.errorbar(

@@ -70,8 +70,10 @@ def checkpoints(options: argparse.Namespace):
 
 
 def runs(options: argparse.Namespace):
-    """Print a line per run, newest first: state, start, steps, bits per byte; notes below it."""
-    from lmlib.analysis import frames
+    """Print a line per run, newest first: state, start, steps, bits per byte; below it notes, and
+    the forecast of an unfinished run.
+    """
+    from lmlib.analysis import forecast, frames
     output_dir = resolve_path(options.output_dir).absolute()
     table = frames.overview(output_dir)
     if table.empty:
@@ -91,6 +93,10 @@ def runs(options: argparse.Namespace):
         print(f"{name:<{width}}  {state}  {date:<10}  {f'{row.steps:,}{total}':>15}  {bits:>13}")
         for line in _wrapped(printable(row["notes"]), indent="    "):
             print(paint(line, "yellow"))
+        if expected := forecast(row["folder"]):
+            print(paint(f"    forecast of validation loss at step {expected.step:,}: "
+                        f"{expected.loss:.3f} (90 %: {expected.low:.3f} to {expected.high:.3f})",
+                        "dim"))
     if warning := frames.loss_column(table["folder"])[1]:
         print(paint("\n".join(["", *_wrapped(warning)]), "yellow"))
 
