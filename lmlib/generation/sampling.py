@@ -4,14 +4,17 @@ Beyond the context window each token is predicted from the last `sequence_length
 prefill. Shapes: B prompts, T tokens of the longest one, V vocab_size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from lmlib.generation.graph import fixed_decode
 from lmlib.generation.settings import Settings
 from lmlib.model.attention import Cache
 from lmlib.model.transformer import LanguageModel
+
+GRAPH_FROM = 64  # tokens: capturing a CUDA graph takes as long as decoding some dozens
 
 
 def sample_ids(model: LanguageModel, prompts: list[list[int]],
@@ -30,6 +33,7 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]],
     try:
         model.eval()
         logits, cache = prefill(model, rows)
+        decode_next = decoder(model, cache, settings.max_new_tokens)
         while True:
             u = torch.rand((), generator=generator, dtype=torch.float64).item()
             logits = apply_repetition_penalty(logits, seen, settings.repetition_penalty)
@@ -42,7 +46,7 @@ def sample_ids(model: LanguageModel, prompts: list[list[int]],
             for ids, new in zip(rows, token.tolist(), strict=True):
                 ids.append(new)
             if max(map(len, rows)) <= window:
-                logits = decode(model, token, cache)
+                logits = decode_next(token)
             else:
                 logits, _ = prefill(model, [ids[-window:] for ids in rows])
     finally:
@@ -65,6 +69,15 @@ def prefill(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Cache]
 def decode(model: LanguageModel, token: Tensor, cache: Cache) -> Tensor:
     """Process one more token per row, (B,), with the cache: the logits (B, V) of the next."""
     return model.lm_head(model.model(token[:, None], cache)[:, -1])
+
+
+def decoder(model: LanguageModel, cache: Cache, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that decodes: on CUDA, for many tokens of a dense model, a graph."""
+    on_cuda = cache.memory.is_cuda and model.config.feed_forward == "mlp"
+    if not (on_cuda and tokens >= GRAPH_FROM):
+        return lambda token: decode(model, token, cache)
+    with torch.inference_mode():
+        return torch.inference_mode()(fixed_decode(model, cache))
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

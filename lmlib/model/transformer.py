@@ -18,9 +18,10 @@ from lmlib.model.attention import Cache, LatentAttention, Linear, MultiHeadAtten
 from lmlib.model.loss import HeadLoss
 from lmlib.model.moe import MLP, MixtureOfExperts
 
-# Name endings of the parameters that start at zero: biases, and the matrices that add to the
-# residual stream, so that each layer begins as the identity.
-ZERO_AT_FIRST = ("bias", "o_proj.weight", "down_proj.weight", "down_proj")
+# Name endings of the parameters that start at zero: biases; the matrices that add to the residual
+# stream, so that each layer begins as the identity; and a head of its own, so that all tokens begin
+# equally likely.
+ZERO_AT_FIRST = ("bias", "o_proj.weight", "down_proj.weight", "down_proj", "lm_head.weight")
 
 
 class DecoderLayer(nn.Module):
