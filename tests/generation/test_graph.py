@@ -39,8 +39,8 @@ def test_fixed_decode_gives_the_logits_of_the_growing_cache(attention, rows):
     model = random_model(attention=attention)
     _, growing = sampling.prefill(model, rows)
     _, cache = sampling.prefill(model, rows)
-    cache.memory[:, :, cache.used :] = torch.nan  # what an unused slot holds must not matter
     with torch.inference_mode():
+        cache.memory[:, :, cache.used :] = torch.nan  # what an unused slot holds must not matter
         decode = fixed_decode(model, cache)
         for step in range(30):
             token = torch.arange(len(rows)) + step
