@@ -65,6 +65,7 @@ def test_a_cpu_decodes_with_the_growing_cache(monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("attention", ["mla", "mha"])
 def test_a_graph_generates_the_tokens_of_eager_decoding(attention, monkeypatch):
     model = random_model("cuda", attention=attention, sequence_length=256)
