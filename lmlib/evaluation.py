@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmlib import distributed
 from lmlib.data.tokens import EvaluationText
 from lmlib.intervals import clustered_mean
 from lmlib.model.transformer import LanguageModel
@@ -104,8 +105,17 @@ class Scores:
 
 def evaluate(model: LanguageModel, text: EvaluationText, token_bytes: Tensor, batch_size: int,
              dtype: torch.dtype = torch.float32) -> Scores:
-    """Score a model on an evaluation text; `token_bytes` (V,) has the UTF-8 bytes of each token."""
-    losses, correct = score_windows(model, text.windows, batch_size, dtype)
+    """Score a model on an evaluation text; `token_bytes` (V,) has the UTF-8 bytes of each token.
+
+    Several processes share the windows, in the same batches as one; each gets all scores.
+    """
+    shape = text.windows[:, 1:].shape
+    losses, correct = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64)
+    starts = range(0, len(text.windows), batch_size)
+    for _, start in distributed.deal(starts):
+        rows = slice(start, start + batch_size)
+        losses[rows], correct[rows] = score_windows(model, text.windows[rows], batch_size, dtype)
+    losses, correct = distributed.add_up(losses), distributed.add_up(correct).bool()
     return Scores(text, losses, correct, token_bytes[text.windows[:, 1:]])
 
 

@@ -1,7 +1,7 @@
 """Optimizers: Muon for the matrices inside layers, AdamW for the rest; and their schedule."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Muon(Optimizer):
             decay = 1 - lr * group["weight_decay"]
             decay = decay if skip is None else torch.where(skip, 1.0, decay)
             torch._foreach_mul_(parameters, decay)
-            for same in self._stacks(parameters):
+            for same in self.stacks(parameters):
                 self._update(same, lr, group["momentum"], skip)
 
     def _update(self, parameters: list[Tensor], lr: float, momentum: float, skip: Tensor | None):
@@ -89,7 +89,7 @@ class Muon(Optimizer):
         torch._foreach_copy_(states, _unstack(new_means, states))
         torch._foreach_add_(parameters, _unstack(update, states), alpha=-lr * scale)
 
-    def _stacks(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    def stacks(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         """Group parameters of one shape and dtype, up to `STACK` elements but one at least."""
         kinds = {}
         for parameter in parameters:
@@ -113,9 +113,14 @@ def _unstack(stack: Tensor, like: list[Tensor]) -> list[Tensor]:
     return list(stack.split(len(like[0])) if like[0].dim() == 3 else stack.unbind())
 
 
-def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
-    """Return the optimizers of a run, each of whose groups knows its `peak_lr`."""
+def build_optimizers(model: nn.Module, config: RunConfig,
+                     owned: Container[Tensor] | None = None) -> list[Optimizer]:
+    """Return the optimizers of a run, each of whose groups knows its `peak_lr`.
+
+    They update the parameters that are `owned` by this process (None: all).
+    """
     named, muon = list(model.named_parameters()), config.optimizer == "muon"
+    named = [(name, p) for name, p in named if owned is None or p in owned]
     vectors = [p for _, p in named if p.dim() < 2]  # norms and biases
     matrices = [p for name, p in named if p.dim() >= 2 and "layers." in name]
     tables = [p for name, p in named if p.dim() >= 2 and "layers." not in name]  # embedding, head
@@ -124,12 +129,33 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
     groups = [{"params": decayed, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=True)]
-    if muon:
+    if muon and matrices:
         optimizers.insert(0, Muon(matrices, config.muon_learning_rate, config.weight_decay,
                                   config.muon_momentum))
     for group in _groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def owners(model: nn.Module, config: RunConfig, processes: int) -> dict[Tensor, int]:
+    """Return which of several processes updates each parameter, their work being about equal.
+
+    Muon's stacks stay whole: of another stack a matrix's update may have other bits.
+    """
+    units = []
+    for optimizer in build_optimizers(model, config):
+        for group in optimizer.param_groups:
+            is_muon = isinstance(optimizer, Muon)
+            whole = optimizer.stacks(group["params"]) if is_muon else [[p] for p in group["params"]]
+            # Newton-Schulz takes about 20 operations per element and row of the shorter side.
+            units += [(sum(p.numel() * (20 * min(p.shape[-2:]) if is_muon else 20) for p in unit),
+                       unit) for unit in whole]
+    work, found = [0] * processes, {}
+    for cost, unit in sorted(units, key=lambda pair: -pair[0]):
+        owner = work.index(min(work))
+        work[owner] += cost
+        found |= dict.fromkeys(unit, owner)
+    return {parameter: found[parameter] for parameter in model.parameters()}
 
 
 def set_learning_rates(optimizers: list[Optimizer], fraction: float):
@@ -145,17 +171,22 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
             for parameter, state in optimizer.state.items() for quantity, tensor in state.items()}
 
 
-def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
-    """Restore what `state_tensors` returned; ValueError if other optimizers or shapes had it."""
+def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor],
+                       whole: list[Optimizer] | None = None):
+    """Restore what `state_tensors` returned; ValueError if other optimizers or shapes had it.
+
+    Where processes share the work, `whole` are the optimizers of all parameters.
+    """
     if tensors:  # there are none before the first update
-        _check_state(state_shapes(model, optimizers), tensors)
+        _check_state(state_shapes(model, whole or optimizers), tensors)
     parameters = dict(model.named_parameters())
     states = {parameter: optimizer.state[parameter] for optimizer in optimizers
               for group in optimizer.param_groups for parameter in group["params"]}
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
-        # Fused AdamW wants even its step counter on the parameter's device.
-        states[parameters[name]][quantity] = tensor.to(parameters[name].device)
+        if parameters[name] in states:
+            # Fused AdamW wants even its step counter on the parameter's device.
+            states[parameters[name]][quantity] = tensor.to(parameters[name].device)
 
 
 def state_shapes(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Size]:

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -17,29 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmlib import checkpoint, evaluation, optim
+from lmlib import checkpoint, distributed, evaluation, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokens import EvaluationText
 from lmlib.data.verify import data_hash
 from lmlib.errors import Stopped, UserError
 from lmlib.files import os_errors_as_value_errors, write_json
-from lmlib.generation.settings import Settings
-from lmlib.generation.text import complete, generate_ids
 from lmlib.model import card
 from lmlib.model.huggingface import model_tensors
-from lmlib.model.moe import expert_load, reset_router_load, update_router_bias
+from lmlib.model.moe import expert_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
-from lmlib.model.transformer import LanguageModel
 from lmlib.run.deadline import Deadline
-from lmlib.run.device import numerics, send
+from lmlib.run.device import numerics
+from lmlib.run.gradients import accumulate_gradients, clip_gradients
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.prepare import ARITHMETIC_VERSION, Run, prepare, record_start
 from lmlib.run.records import Record, measured_on, model_name
-from lmlib.run.start import Start, find_start, open_store
+from lmlib.run.sample import sample
+from lmlib.run.start import Start, find_start
+from lmlib.run.together import open_together
 from lmlib.run.updates import Update
 
 SPIKE_WINDOW = 30  # recent losses that a spike is measured against
-PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 24  # of the sample after each evaluation
 
 
 class NonFinite(UserError):
@@ -63,24 +62,34 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
         Stopped: the run was asked to stop, and is saved.
     """
     began = time.monotonic()
-    start = start or find_start(config)
-    if start.results:
-        yield Record("done", start.step, start.results, {})
-        return
-    run_dir = start.config.run_dir
-    with os_errors_as_value_errors(run_dir), numerics(start.config, start.device):
-        store = open_store(start)  # before the lock, since tokenizing may take hours
-        with hold_lock(run_dir), heartbeat(run_dir), stop_requests(run_dir) as stop_reason:
-            if checkpoint.checkpoint_steps(run_dir) != start.steps:
-                raise UserError(f"{run_dir} was trained by another process just now; run the "
-                                "same command again.")
+    with distributed.join():
+        start = start or distributed.agree(lambda: find_start(config))
+        if start.results:
+            yield Record("done", start.step, start.results, {})
+            return
+        run_dir, is_first = start.config.run_dir, distributed.is_first()
+        with (os_errors_as_value_errors(run_dir), numerics(start.config, start.device),
+              ExitStack() as stack):
+            store = open_together(start)  # before the lock, since tokenizing may take hours
+            distributed.agree(lambda: _take(start, stack), only_first=True)
+            stop_reason = stack.enter_context(stop_requests(run_dir, watches_file=is_first))
             run = prepare(start, store)
-            record_start(run)
-            with closing(run.metrics):
-                try:
-                    yield from _until_closed(run, training_steps(run, stop_reason, began))
-                finally:
-                    run.saver.wait()
+            distributed.agree(lambda: record_start(run), only_first=True)
+            stack.enter_context(closing(run.metrics) if is_first else nullcontext())
+            try:
+                yield from _until_closed(run, training_steps(run, stop_reason, began))
+            finally:
+                run.saver.wait()
+
+
+def _take(start: Start, stack: ExitStack):
+    """Lock the run's folder for the time of `stack`."""
+    run_dir = start.config.run_dir
+    stack.enter_context(hold_lock(run_dir))
+    stack.enter_context(heartbeat(run_dir))
+    if checkpoint.checkpoint_steps(run_dir) != start.steps:
+        raise UserError(f"{run_dir} was trained by another process just now; run the same command "
+                        "again.")
 
 
 def _until_closed(run: Run, records: Iterator[Record]) -> Iterator[Record]:
@@ -140,7 +149,8 @@ def training_steps(run: Run, stop_reason: Callable[[], str], began: float) -> It
 def _why_stop(run: Run, stop_reason: Callable[[], str], deadline: Deadline) -> str:
     """Say why the run should stop after this step, or ""."""
     is_near = "max_hours" if deadline.is_near() else ""  # every step, to measure their length
-    return "its consumer has left" if run.is_closed else stop_reason() or is_near
+    return distributed.first_reason(
+        "its consumer has left" if run.is_closed else stop_reason() or is_near)
 
 
 def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
@@ -148,7 +158,8 @@ def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
     """Append a record of a step, by default the current one, to metrics.jsonl."""
     timing = {"seconds": round(run.throughput.seconds(), 3), **timing}
     record = Record(kind, run.progress.step if step is None else step, values, timing)
-    run.metrics.append(record)
+    if run.metrics:  # rank 0's
+        run.metrics.append(record)
     return record
 
 
@@ -169,6 +180,11 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
                 run.start.dtype)
             break
         except torch.cuda.OutOfMemoryError:
+            if distributed.world_size() > 1 or run.config.deterministic:
+                raise distributed.Alone(
+                    f"Out of memory at step {step} with micro_batch_size "
+                    f"{progress.micro_batch_size} on rank {distributed.rank()}: set a smaller one. "
+                    "Several processes and deterministic runs never change it.") from None
             if progress.micro_batch_size == 1:
                 raise
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
@@ -179,39 +195,9 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
     for optimizer in run.optimizers:
         optimizer.found_inf = found_inf
         optimizer.step()
+    distributed.broadcast_parameters(run.owners)
     update_router_bias(run.model, found_inf)
     return loss
-
-
-def accumulate_gradients(model: LanguageModel, ids: Tensor, targets: Tensor, micro: int, seed: int,
-                         step: int, dtype: torch.dtype) -> Tensor:
-    """Set the gradient of a batch's mean loss, `micro` windows at a time; returns the loss.
-
-    `ids` and `targets` are (batch_size, T), the loss () in float64 on the model's device.
-    """
-    device = next(model.parameters()).device
-    model.train()
-    model.zero_grad(set_to_none=True)
-    reset_router_load(model)
-    losses = []
-    for number, (x, y) in enumerate(zip(ids.split(micro), targets.split(micro), strict=True)):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(dropout_seed(seed, step, number))
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model.loss(send(x, device), send(y, device)) * (len(x) / len(ids))
-            loss.backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum(dtype=torch.float64)
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))  # torch takes 63 bits
-
-
-def clip_gradients(model: LanguageModel, limit: float) -> Tensor:
-    """Scale the gradient down to norm `limit` (0: no limit); returns its norm before: ()."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
 
 
 def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
@@ -271,7 +257,8 @@ def evaluate(run: Run) -> Iterator[Record]:
         raise NonFinite(f"The validation loss of step {progress.step} is "
                         f"{progress.scores['val_loss']}: the run has diverged.")
     yield emit(run, "eval", {**progress.scores, **run.leak_mark})
-    yield emit(run, "sample", sample(run.model, run.store.tokenizer, run.text.windows))
+    if distributed.is_first():
+        yield emit(run, "sample", sample(run.model, run.store.tokenizer, run.text.windows))
     if progress.step == run.config.total_steps:
         yield emit(run, "profile", evaluation.scores_by_position(scores.losses, scores.correct))
 
@@ -281,28 +268,24 @@ def score(run: Run, text: EvaluationText) -> evaluation.Scores:
     step, folder = run.progress.step, run.config.run_dir / "evaluations"
     scores = evaluation.evaluate(run.model, text, run.token_bytes, run.progress.micro_batch_size,
                                  run.start.dtype)
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"{text.split}_step_{step}.json", scores.to_json(step), indent=None)
+    if distributed.is_first():
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{text.split}_step_{step}.json", scores.to_json(step), indent=None)
     return scores
-
-
-def sample(model: LanguageModel, tokenizer: Any, windows: Tensor) -> dict[str, list[str]]:
-    """Continue the beginnings of validation windows greedily: always the same prompts."""
-    windows = windows[:: max(1, len(windows) // PROMPTS)][:PROMPTS]  # of several documents
-    prompt = min(PROMPT_TOKENS, windows.shape[1] // 2)
-    settings = Settings(min(SAMPLE_TOKENS, windows.shape[1] - prompt), temperature=0)
-    ids = windows[:, :prompt].tolist()
-    texts = [t.text for t in complete(generate_ids(model, tokenizer, ids, settings))]
-    return {"prompts": list(map(tokenizer.decode, ids)), "texts": texts}
 
 
 def save(run: Run, scheduled: bool):
     """Save a checkpoint of the current step."""
+    state = optim.state_tensors(run.model, run.optimizers)
+    state = distributed.collect(state, optim.state_shapes(run.model, run.whole), run.owner_of_state)
+    distributed.agree(lambda: _save(run, state, scheduled), only_first=True)
+
+
+def _save(run: Run, optimizer_state: dict[str, Tensor], scheduled: bool):
     progress, store = run.progress, run.store
     store.wait_until_verified()
     progress.metrics_size, progress.timing = run.metrics.size(), run.throughput.state()
-    run.saver.save(run.config.run_dir, model_tensors(run.model),
-                   optim.state_tensors(run.model, run.optimizers), config=run.config,
+    run.saver.save(run.config.run_dir, model_tensors(run.model), optimizer_state, config=run.config,
                    tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.leaks,
                    state={**asdict(progress), "arithmetic_version": ARITHMETIC_VERSION},
                    provenance={"data": data_hash(store.info), "lineage": run.lineage.state,
@@ -321,8 +304,8 @@ def score_test(run: Run) -> dict[str, Any]:
 
 
 def finish(run: Run) -> Record:
-    """Score the test text; write the last record, the curves and results.json."""
-    config, run_dir, count = run.config, run.config.run_dir, parameter_count(run.model)
+    """Score the test text; write the last record and all results."""
+    config, count = run.config, parameter_count(run.model)
     results = {
         **run.progress.scores, **score_test(run), "model_name": model_name(config),
         "parameter_count": count, "active_parameter_count": active_parameter_count(run.model),
@@ -333,6 +316,12 @@ def finish(run: Run) -> Record:
     timing = {"training_time_minutes": round(run.throughput.seconds() / 60, 3),
               "tokens_per_second": round(run.throughput.tokens_per_second(), 1)}
     done = emit(run, "done", results, **timing)
+    distributed.agree(lambda: _write_results(run, results, timing), only_first=True)
+    return done
+
+
+def _write_results(run: Run, results: dict[str, Any], timing: dict[str, float]):
+    config, run_dir = run.config, run.config.run_dir
     checkpoint.prune(run_dir, config.keep_checkpoints)  # the last save may have been killed in it
     card.write_card(run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}", config,
                     results)
@@ -346,4 +335,3 @@ def finish(run: Run) -> Record:
         pass  # the notebook packages may not be installed
     except Exception as error:  # of any kind: the results stand without a picture
         warnings.warn(f"The curves cannot be drawn: {error}", stacklevel=2)
-    return done

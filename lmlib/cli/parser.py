@@ -62,7 +62,11 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command.add_argument
 
-    _add_recipe(add("train", "train:train", "train a recipe, or resume its run"))
+    argument = add("train", "train:train", "train a recipe, or resume its run")
+    _add_recipe(argument)
+    argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    argument("--restarts", type=int, default=0, metavar="K",
+             help="times to start again after a process has died (0)")
     _add_recipe(add("notebook", "papermill:notebook", "train by executing notebooks/train.ipynb"))
     argument = add("generate", "generate:generate", "generate text with a run's model")
     argument("run", help="a run, a checkpoint, or a Hugging Face folder")

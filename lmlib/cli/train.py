@@ -1,13 +1,17 @@
 """lmlib train."""
 
 import argparse
+import traceback
 from pathlib import Path
 from typing import get_type_hints
 
 from lmlib.cli.display import show
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.parameters import parse_overrides
 from lmlib.text import printable
+
+CRASHED = 70  # exit status of one of several processes, after an error that is no UserError
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
@@ -16,21 +20,45 @@ def load_config(options: argparse.Namespace) -> RunConfig:
     return RunConfig.load(options.params, **overrides)
 
 
-def train(options: argparse.Namespace):
+def train(options: argparse.Namespace) -> int:
     """Train a recipe and print each record; Ctrl-C saves, and leaves the curves so far."""
     config = load_config(options)
-    from lmlib import training  # imports torch, which an invalid parameter should not wait for
+    if options.processes != 1 or options.restarts:
+        from lmlib.cli.launch import launch
+        return launch(config, options)
+    from lmlib import distributed  # imports torch, which an invalid parameter should not wait for
+    try:
+        with distributed.join():
+            _train(config, options.params)
+    except (UserError, KeyboardInterrupt) as stopped:
+        if distributed.is_first() or isinstance(stopped, distributed.Alone):
+            raise
+        return 130 if isinstance(stopped, KeyboardInterrupt) else 1  # rank 0 says it, once
+    except Exception as error:
+        if not distributed.is_launched():
+            raise
+        if not distributed.is_lost(error):  # else another process has ended, and says why
+            traceback.print_exc()
+        return CRASHED
+    return 0
+
+
+def _train(config: RunConfig, recipe: Path):
+    from lmlib import distributed, training
     from lmlib.run.records import describe
     from lmlib.run.start import find_start, greeting
-    start = find_start(config)
-    show(greeting(start, options.params))
+    start = distributed.agree(lambda: find_start(config))
+    if distributed.is_first():
+        show(greeting(start, recipe))
     if start.results:
         return
     try:
         for record in training.train(config, start):
-            show(describe(record, config.total_steps))
+            if distributed.is_first():
+                show(describe(record, config.total_steps))
     except KeyboardInterrupt:
-        if config.run_dir.is_dir():  # not yet while a new run tokenizes its corpus
+        # Not yet while a new run tokenizes its corpus.
+        if config.run_dir.is_dir() and distributed.is_first():
             _draw_curves(config.run_dir)
         raise
 

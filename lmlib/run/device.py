@@ -7,14 +7,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lmlib import distributed
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA if available."""
+    """Return the device of that name; "auto" is CUDA if available, one for each process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = distributed.local_device()
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA "

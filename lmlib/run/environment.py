@@ -24,7 +24,7 @@ def environment(store: TokenStore, device: torch.device) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(),
                      **{name: _installed(name) for name in PACKAGES}},
-        "git_commit": _git_commit(), "platform": platform.platform(),
+        "git_commit": git_commit(), "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "device_type": device.type, "threads": torch.get_num_threads(),
         "corpus": {"held_out_share": store.info["held_out_share"], "unit": store.info["unit"],
@@ -46,7 +46,7 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of lmlib's code, marked if files differ from it; None without git."""
     try:
         commit, changed = (
@@ -114,5 +114,6 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     versions = before.get("versions", {})
     pairs = [(key, before.get(key), after[key]) for key in ("device", "threads", "git_commit")]
     pairs.append(("compiled", before.get("compiled", False), after["compiled"]))
+    pairs.append(("processes", before.get("processes", 1), after["processes"]))
     pairs += [(key, versions.get(key), now) for key, now in after["versions"].items()]
     return [f"{key} was {was}, is {now}" for key, was, now in pairs if was != now]

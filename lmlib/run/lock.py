@@ -121,14 +121,15 @@ def is_running(run_dir: Path) -> bool:
 
 
 @contextmanager
-def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
+def stop_requests(run_dir: Path, watches_file: bool = True) -> Iterator[Callable[[], str]]:
     """Yield a function that says why the run should stop, or "" if it should not.
 
     Ctrl-C, SIGTERM, SIGHUP (unless it was ignored, as by nohup) and a file named `stop` ask; a
-    second Ctrl-C interrupts at once.
+    second Ctrl-C interrupts at once. Of several processes one watches the file.
     """
     asked: list[str] = []
-    (run_dir / "stop").unlink(missing_ok=True)  # it was meant for an earlier session
+    if watches_file:
+        (run_dir / "stop").unlink(missing_ok=True)  # it was meant for an earlier session
 
     def note(number: int, frame: Any):
         # Only Ctrl-C: a terminal that closes may send SIGHUP twice, a scheduler SIGTERM.
@@ -137,7 +138,7 @@ def stop_requests(run_dir: Path) -> Iterator[Callable[[], str]]:
         asked.append(signal.Signals(number).name)
 
     def reason() -> str:
-        if (run_dir / "stop").exists():
+        if watches_file and (run_dir / "stop").exists():
             (run_dir / "stop").unlink(missing_ok=True)
             asked.append("lmlib stop")
         return asked[0] if asked else ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmlib import checkpoint, optim
+from lmlib import checkpoint, distributed, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokenizer import token_bytes
 from lmlib.data.tokens import EvaluationText, TokenStore
@@ -28,8 +28,9 @@ from lmlib.run.updates import Updates
 
 # Raised when a change of the code changes what a step computes or which text scores it, so that a
 # run of the version before cannot resume bit for bit. 2: validation windows at equal distances.
-# 3: fewer operators for norms, rotary positions and Muon.
-ARITHMETIC_VERSION = 3
+# 3: fewer operators for norms, rotary positions and Muon. 4: with `deterministic`, micro-batches
+# are added in the order of a binary tree.
+ARITHMETIC_VERSION = 4
 
 
 @dataclass
@@ -52,7 +53,9 @@ class Run:
     config: RunConfig
     store: TokenStore
     model: LanguageModel
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[torch.optim.Optimizer]  # of the parameters that this process updates
+    whole: list[torch.optim.Optimizer]  # of all parameters
+    owners: dict[Tensor, int]  # which process updates each parameter
     text: EvaluationText  # of validation
     token_bytes: Tensor  # (V,)
     lineage: Lineage
@@ -63,8 +66,12 @@ class Run:
     is_audited: bool  # in this session; False: the audit of an earlier one holds
     is_compiled: bool
     is_closed: bool = False  # the consumer of the records has left
-    metrics: Metrics | None = None  # it and the saver are opened by `record_start`
-    saver: checkpoint.Saver | None = None
+    metrics: Metrics | None = None  # of rank 0; it and the saver are opened by `record_start`
+    saver: checkpoint.Saver = field(default_factory=lambda: checkpoint.Saver(background=False))
+
+    def owner_of_state(self, key: str) -> int:
+        """Return which process has a tensor of `optim.state_tensors`."""
+        return self.owners[self.model.get_parameter(key.rsplit("/", 1)[0])]
 
     @property
     def leaks(self) -> str:
@@ -75,7 +82,7 @@ class Run:
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint with its training state, but for the tokenizer."""
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        return weights + optim.state_bytes(self.optimizers)
+        return weights + optim.state_bytes(self.whole)
 
     @property
     def leak_mark(self) -> dict[str, str]:
@@ -90,9 +97,13 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     if start.resumes:
         check_data(config.run_dir, start.source, store)
     model = build_model(config, start.source).to(start.device)
-    optimizers = optim.build_optimizers(model, config)
+    optimizers = whole = optim.build_optimizers(model, config)
+    owners = optim.owners(model, config, distributed.world_size())
+    if distributed.world_size() > 1:
+        owned = {parameter for parameter, owner in owners.items() if owner == distributed.rank()}
+        optimizers = optim.build_optimizers(model, config, owned)
     if start.resumes or (start.source and config.init_state == "full"):
-        optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source))
+        optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source), whole)
     text = store.evaluation_text("validation")
     lineage = lineage_of(start.source, store, is_own=start.resumes)
     # The audit of an earlier session holds for the same code.
@@ -100,13 +111,15 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     audit = read_mapping(config.run_dir / "environment.json").get("audit") if start.resumes else {}
     is_old = not isinstance(audit, dict) or audit.get("code") != code
     if is_old:
-        audit = before_training(start, config, model, store, lineage) | {"code": code}
+        audit = distributed.agree(lambda: before_training(start, config, model, store, lineage),
+                                  only_first=True, patient=True) | {"code": code}
     why_eager = compile_loss(model, config, *store.batch(start.step + 1), start.dtype)
     if why_eager and config.compile == "auto" and start.device.type == "cuda":
         warnings.warn(f"The model is not compiled, and slower than it could be: {why_eager}",
                       stacklevel=2)
+    distributed.reduce_gradients(model, exact=config.deterministic)
     progress = _progress(start, config)
-    return Run(start, config, store, model, optimizers, text,
+    return Run(start, config, store, model, optimizers, whole, owners, text,
                token_bytes(store.tokenizer, config.vocab_size), lineage, progress,
                Throughput(model, start.dtype, progress.timing),
                Updates(start.device, config.on_nonfinite == "stop"), audit, is_old, not why_eager)
@@ -114,7 +127,7 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
 
 def _progress(start: Start, config: RunConfig) -> Progress:
     """Return where the run starts, and warn of what makes resuming inexact."""
-    micro_batch_size = config.micro_batch_size or config.batch_size
+    micro_batch_size = config.micro_batch_size or config.batch_size // distributed.world_size()
     progress = Progress(start.step, scored=start.step, micro_batch_size=micro_batch_size)
     if not start.resumes:
         return progress
@@ -125,6 +138,8 @@ def _progress(start: Start, config: RunConfig) -> Progress:
         found.append(f"the code computes differently since step {start.step} (arithmetic version "
                      f"{version}, now {ARITHMETIC_VERSION}), and later validation scores may be "
                      "of other windows")
+    if distributed.world_size() > 1:
+        progress.micro_batch_size = micro_batch_size
     recorded = RunConfig.recorded(config.run_dir)
     if recorded and recorded.micro_batch_size != config.micro_batch_size:
         found.append(f"micro_batch_size was {recorded.micro_batch_size}, is "
@@ -141,10 +156,13 @@ def record_start(run: Run):
     On resume, warn of each difference of the environment that makes it inexact.
     """
     config, model, run_dir = run.config, run.model, run.config.run_dir
-    needed = disk_needed(config, model, run.optimizers, run.progress.step)
+    needed = disk_needed(config, model, run.whole, run.progress.step)
     checkpoint.check_space(run_dir, needed)
     before = read_mapping(run_dir / "environment.json") if run.start.resumes else {}
-    current = {**environment(run.store, run.start.device), "compiled": run.is_compiled}
+    current = {**environment(run.store, run.start.device), "compiled": run.is_compiled,
+               "processes": distributed.world_size()}
+    if config.deterministic:  # the number of processes changes no bit
+        before |= {"processes": current["processes"]} if before else {}
     for difference in differences(before, current):
         warnings.warn(f"Resuming may not be bit-identical: {difference}.", stacklevel=2)
     parent = run.start.parent

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lmlib import distributed
 from lmlib.model.size import flops_per_token
 from lmlib.model.transformer import LanguageModel
 
@@ -28,8 +29,8 @@ class Throughput:
 
     @cached_property
     def peak(self) -> float:
-        """Measured at the first log line, so that resuming does not wait for it."""
-        return matmul_peak(self.device, self.dtype)
+        """Of all processes; measured at the first log line, so that resuming does not wait."""
+        return matmul_peak(self.device, self.dtype) * distributed.world_size()
 
     def start_updates(self):
         """Start the clock of updates, unless it runs."""

@@ -1,0 +1,69 @@
+"""lmlib train --processes: start a run's processes by torch's elastic agent, and start them again.
+
+Each attempt has an agent of its own: one that restarts its processes itself may wait for minutes
+for those that died. A run resumes from its newest checkpoint, as after any kill.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+from lmlib.cli.display import show
+from lmlib.config import RunConfig
+from lmlib.errors import UserError
+
+SHUTDOWN = 120  # seconds that processes have to finish their step and save
+FAILED, STOPPED = 1, 130  # how `lmlib train` ends after a UserError, and when it was asked to stop
+
+
+def launch(config: RunConfig, options: argparse.Namespace) -> int:
+    """Train in several processes on this machine; returns the exit status."""
+    count, restarts = options.processes, options.restarts
+    if count < 1 or restarts < 0:
+        raise UserError(f"--processes is {count} and --restarts {restarts}; they must be 1 or "
+                        "more, and 0 or more.")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--processes starts the processes itself; leave it out under torchrun.")
+    import torch
+    if torch.cuda.is_available() and config.device != "cpu" and count > torch.cuda.device_count():
+        raise UserError(f"--processes is {count}, but torch finds {torch.cuda.device_count()} CUDA "
+                        "devices here: use that many, or -p device cpu.")
+    if count > 1:
+        from lmlib.run.together import check_processes
+        check_processes(config, count)
+    command = ["-m", "lmlib", "train", str(options.params)]
+    command += [word for pair in options.p for word in ("-p", *pair)]
+    for attempt in range(restarts + 1):
+        status = _run(count, command)
+        if status in (0, FAILED, STOPPED):  # finished, or starting again would not help
+            return status
+        left = restarts - attempt
+        show(f"A process ended with status {status}. " + (
+            f"Starting again from the newest checkpoint ({left} restarts left)." if left else
+            "Run the same command to resume from the newest checkpoint."), stream="stderr")
+    return FAILED
+
+
+def _run(count: int, command: list[str]) -> int:
+    """Run one attempt; returns 0, or the status of the process that failed first."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun takes 1, which wastes the cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    agent = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"lmlib-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        shutdown_timeout=SHUTDOWN)
+    try:
+        elastic_launch(agent, sys.executable)(*command)
+    except ChildFailedError as error:
+        statuses = [failure.exitcode for failure in error.failures.values()]
+        # One process that dies takes the others with it, by a signal or an error of their own.
+        return next((status for status in statuses if status in (FAILED, STOPPED)), statuses[0])
+    except SignalException as error:
+        return STOPPED if error.sigval in (signal.SIGINT, signal.SIGTERM) else FAILED
+    return 0
