@@ -28,12 +28,12 @@ MLP_ONLY = ("intermediate_size",)
 # What may differ when a run resumes. A change of anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
               "max_hours", "score_test", "micro_batch_size", "device", "compile", "output_dir",
-              "run_name"}
+              "run_name", "processes"}
 # Names of text and weights, which may lie elsewhere on another machine. Their content must match.
 PATHS = {"corpus", "validation_corpus", "tokenizer", "init_from"}
 # What a run of a version without these parameters did.
 ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None,
-          "decay_ratio": 0.0, "muon_momentum": 0.95, "compile": False}
+          "decay_ratio": 0.0, "muon_momentum": 0.95, "compile": False, "processes": 1}
 
 
 @dataclass(frozen=True, init=False)
@@ -48,6 +48,7 @@ class RunConfig:
     output_dir: str = "outputs"       # a relative path starts at the project's root
     seed: int = 0                     # every random choice is a function of (seed, step)
     device: str = "auto"              # "auto", "cpu", "cuda" or "cuda:1"
+    processes: int = 1                # on this machine, one per GPU; see docs/scale.md
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile the loss; auto: on CUDA
     deterministic: bool = False       # deterministic algorithms only (CPU runs are exact anyway)
@@ -86,7 +87,7 @@ class RunConfig:
     rope_theta: float = 10000.0       # base of the rotary frequencies
     rope_interleave: bool = True      # mla: rotate pairs (x0, x1) rather than halves
     attention_bias: bool = False      # biases where the stock class has them
-    tie_word_embeddings: bool = True  # the output head shares the embedding's weights
+    tie_word_embeddings: bool = False  # the output head shares the embedding's weights
     causal_mask: bool = True          # False: attention sees the tokens to predict, which is a leak
 
     # Initialization
@@ -201,7 +202,7 @@ def _contradictions(c: RunConfig) -> list[str]:
     limit("validation_windows vocab_size sequence_length max_tokens hidden_size num_hidden_layers "
           "num_attention_heads intermediate_size moe_intermediate_size q_lora_rank kv_lora_rank "
           "qk_rope_head_dim v_head_dim total_steps batch_size micro_batch_size eval_every "
-          "checkpoint_every keep_checkpoints log_every", lambda n: n >= 1, "1 or more")
+          "checkpoint_every keep_checkpoints log_every processes", lambda n: n >= 1, "1 or more")
     limit("learning_rate muon_learning_rate rope_theta max_hours", lambda n: n > 0, "above 0")
     limit("weight_decay grad_clip seed qk_nope_head_dim", lambda n: n >= 0, "0 or more")
     limit("seed", lambda n: n < 2**63, "below 2**63")

@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lmlib.errors import UserError
+from lmlib.errors import Stopped, UserError
 
 TESTED = (2, 13)  # the torch version that several processes need
 LIMIT = 600  # seconds for any exchange while training; LMLIB_EXCHANGE_LIMIT in the environment
@@ -60,25 +60,25 @@ def join() -> Iterator[None]:
     if not is_launched() or dist.is_initialized():
         yield
         return
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < TESTED:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TESTED:
         raise UserError(f"Several processes need torch {TESTED[0]}.{TESTED[1]} or newer; this is "
                         f"{torch.__version__}. One process trains with this version too.")
     # Tensors on the CPU go through gloo everywhere: what is agreed on never waits for a GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=float(os.environ.get("LMLIB_EXCHANGE_LIMIT", LIMIT)))
-    _end_with_parent()
+    if sys.platform == "linux":  # no process is left behind where the launcher is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     dist.init_process_group(backend, timeout=limit)
     try:
         yield
+    except (UserError, Stopped) as error:  # of all ranks at once
+        if not isinstance(error, Alone):
+            with suppress(RuntimeError):
+                dist.monitored_barrier(timeout=timedelta(seconds=30))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first to end must not end others
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def _end_with_parent():
-    """Ask Linux to send SIGTERM when the launcher dies, even by a kill, so that none is left."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def is_lost(error: Exception) -> bool:

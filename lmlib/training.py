@@ -29,6 +29,7 @@ from lmlib.model.moe import expert_load, update_router_bias
 from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.run.deadline import Deadline
 from lmlib.run.device import numerics
+from lmlib.run.follow import follow
 from lmlib.run.gradients import accumulate_gradients, clip_gradients
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.prepare import ARITHMETIC_VERSION, Run, prepare, record_start
@@ -53,7 +54,8 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
     A run resumes from its newest good checkpoint. A finished run yields its last record and changes
     nothing. Ctrl-C, SIGTERM, SIGHUP, `max_hours` and a file named `stop` in the run's folder end
     the step, save, and raise `Stopped`; so does closing the generator, which raises nothing. On
-    CUDA a checkpoint's record comes while its files are being written.
+    CUDA a checkpoint's record comes while its files are being written. With `processes` above 1
+    others train, and this one yields what they record.
 
     Raises:
         ValueError: parameters, corpus, folder or checkpoint cannot be used; nothing was changed.
@@ -66,6 +68,9 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
         start = start or distributed.agree(lambda: find_start(config))
         if start.results:
             yield Record("done", start.step, start.results, {})
+            return
+        if start.config.processes > 1 and not distributed.is_launched():
+            yield from follow(start)
             return
         run_dir, is_first = start.config.run_dir, distributed.is_first()
         with (os_errors_as_value_errors(run_dir), numerics(start.config, start.device),

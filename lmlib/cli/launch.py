@@ -20,34 +20,31 @@ FAILED, STOPPED = 1, 130  # how `lmlib train` ends after a UserError, and when i
 
 def launch(config: RunConfig, options: argparse.Namespace) -> int:
     """Train in several processes on this machine; returns the exit status."""
-    count, restarts = options.processes, options.restarts
-    if count < 1 or restarts < 0:
-        raise UserError(f"--processes is {count} and --restarts {restarts}; they must be 1 or "
-                        "more, and 0 or more.")
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("--processes starts the processes itself; leave it out under torchrun.")
+    count, restarts = config.processes, options.restarts
+    if restarts < 0:
+        raise UserError(f"--restarts is {restarts}; it must be 0 or more.")
     import torch
     if torch.cuda.is_available() and config.device != "cpu" and count > torch.cuda.device_count():
-        raise UserError(f"--processes is {count}, but torch finds {torch.cuda.device_count()} CUDA "
-                        "devices here: use that many, or -p device cpu.")
+        raise UserError(f"processes is {count}, but torch finds {torch.cuda.device_count()} CUDA "
+                        "devices here: use that many, or set device to cpu.")
     if count > 1:
         from lmlib.run.together import check_processes
         check_processes(config, count)
     command = ["-m", "lmlib", "train", str(options.params)]
     command += [word for pair in options.p for word in ("-p", *pair)]
     for attempt in range(restarts + 1):
-        status = _run(count, command)
+        status = run_processes(count, command)
         if status in (0, FAILED, STOPPED):  # finished, or starting again would not help
             return status
-        left = restarts - attempt
         show(f"A process ended with status {status}. " + (
-            f"Starting again from the newest checkpoint ({left} restarts left)." if left else
+            f"Starting again from the newest checkpoint (restart {attempt + 1} of {restarts})."
+            if attempt < restarts else
             "Run the same command to resume from the newest checkpoint."), stream="stderr")
     return FAILED
 
 
-def _run(count: int, command: list[str]) -> int:
-    """Run one attempt; returns 0, or the status of the process that failed first."""
+def run_processes(count: int, command: list[str]) -> int:
+    """Run `python command` in so many processes; returns 0, or the status that says why not."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

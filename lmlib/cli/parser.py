@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
     argument = add("train", "train:train", "train a recipe, or resume its run")
     _add_recipe(argument)
-    argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    argument("--processes", type=int, metavar="N", help="as -p processes N: on this machine (1)")
     argument("--restarts", type=int, default=0, metavar="K",
              help="times to start again after a process has died (0)")
     _add_recipe(add("notebook", "papermill:notebook", "train by executing notebooks/train.ipynb"))

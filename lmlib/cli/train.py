@@ -1,6 +1,7 @@
 """lmlib train."""
 
 import argparse
+import os
 import traceback
 from pathlib import Path
 from typing import get_type_hints
@@ -22,8 +23,10 @@ def load_config(options: argparse.Namespace) -> RunConfig:
 
 def train(options: argparse.Namespace) -> int:
     """Train a recipe and print each record; Ctrl-C saves, and leaves the curves so far."""
+    if options.processes is not None:
+        options.p.append(["processes", str(options.processes)])
     config = load_config(options)
-    if options.processes != 1 or options.restarts:
+    if (config.processes > 1 or options.restarts) and "WORLD_SIZE" not in os.environ:
         from lmlib.cli.launch import launch
         return launch(config, options)
     from lmlib import distributed  # imports torch, which an invalid parameter should not wait for

@@ -169,6 +169,7 @@ def record_start(run: Run):
     session = {"from_step": run.progress.step, "total_steps": config.total_steps,
                "started": utc_now()}
     run_dir.mkdir(parents=True, exist_ok=True)
+    run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)  # before the rest
     _remove_later_evaluations(run)
     write_json(run_dir / "environment.json", {
         **current, "init_from": str(parent) if parent else before.get("init_from"),
@@ -179,7 +180,6 @@ def record_start(run: Run):
                   "flops_per_token": flops_per_token(model)},
         "audit": run.audit, "sessions": [*before.get("sessions", []), session]})
     write_json(run_dir / "config.json", {**config.to_dict(), **run.leak_mark})
-    run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)
     run.saver = checkpoint.Saver(background=run.start.device.type == "cuda")
 
 

@@ -1,0 +1,57 @@
+"""Train several runs in the processes of one launch: `python together.py JSON [PROCESSES]`.
+
+JSON is a list of objects with what each run changes in the smoke recipe. "plant" names a fault to
+plant, and "leave_at" the step at which the consumer leaves.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from lmlib import distributed, training
+from lmlib.config import RunConfig
+from lmlib.files import PROJECT_ROOT
+from lmlib.run import gradients
+
+
+def plant(fault: str) -> Callable[[], None]:
+    """Break what makes the result independent of the number of processes; returns the undoing."""
+    seed, add_up = gradients.dropout_seed, distributed.add_up
+    where, name, broken = {
+        "all_reduce": (distributed, "_tree_sum", distributed._all_reduce),
+        "dropout": (gradients, "dropout_seed", lambda *key: seed(*key[:2], distributed.rank())),
+        "router": (distributed, "add_up", lambda t: t if t.dtype == torch.int64 else add_up(t)),
+        "order": (gradients.PairwiseSum, "add", _add_in_turn),
+        "": (sys, "argv", sys.argv),
+    }[fault]
+    whole = getattr(where, name)
+    setattr(where, name, broken)
+    return lambda: setattr(where, name, whole)
+
+
+def _add_in_turn(self, tensors: list, addends: int = 1):
+    self.partial.append((addends, tensors))
+    if len(self.partial) == 2:
+        self.partial = [(addends, self._join(self.partial.pop()[1]))]
+
+
+def main():
+    with distributed.join():
+        for changes in json.loads(sys.argv[1]):
+            undo = plant(changes.pop("plant", ""))
+            leave_at = changes.pop("leave_at", None)
+            config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **changes)
+            for record in training.train(config):
+                if record.kind == "step" and record.step == leave_at:
+                    break
+            undo()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        from lmlib.cli.launch import run_processes
+
+        sys.exit(run_processes(int(sys.argv[2]), [__file__, sys.argv[1]]))
+    main()
