@@ -87,7 +87,7 @@ class RunConfig:
     rope_theta: float = 10000.0       # base of the rotary frequencies
     rope_interleave: bool = True      # mla: rotate pairs (x0, x1) rather than halves
     attention_bias: bool = False      # biases where the stock class has them
-    tie_word_embeddings: bool = False  # the output head shares the embedding's weights
+    tie_word_embeddings: bool = True  # the output head shares the embedding's weights
     causal_mask: bool = True          # False: attention sees the tokens to predict, which is a leak
 
     # Initialization

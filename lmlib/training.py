@@ -163,7 +163,7 @@ def emit(run: Run, kind: str, values: dict[str, Any], step: int | None = None,
     """Append a record of a step, by default the current one, to metrics.jsonl."""
     timing = {"seconds": round(run.throughput.seconds(), 3), **timing}
     record = Record(kind, run.progress.step if step is None else step, values, timing)
-    if run.metrics:  # rank 0's
+    if run.metrics is not None:  # rank 0's
         run.metrics.append(record)
     return record
 
@@ -292,7 +292,8 @@ def _save(run: Run, optimizer_state: dict[str, Tensor], scheduled: bool):
     progress.metrics_size, progress.timing = run.metrics.size(), run.throughput.state()
     run.saver.save(run.config.run_dir, model_tensors(run.model), optimizer_state, config=run.config,
                    tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.leaks,
-                   state={**asdict(progress), "arithmetic_version": ARITHMETIC_VERSION},
+                   state={**asdict(progress), "arithmetic_version": ARITHMETIC_VERSION,
+                          "sums_as_tree": True},
                    provenance={"data": data_hash(store.info), "lineage": run.lineage.state,
                                "streams": run.lineage.streams},
                    lineage=run.lineage.hashes)

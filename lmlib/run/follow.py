@@ -14,7 +14,7 @@ import yaml
 
 from lmlib import checkpoint
 from lmlib.errors import Stopped, UserError
-from lmlib.files import PROJECT_ROOT, read_mapping
+from lmlib.files import PROJECT_ROOT
 from lmlib.parameters import absolute_paths
 from lmlib.run.records import Record, parse_record
 from lmlib.run.start import Start
@@ -33,7 +33,7 @@ def follow(start: Start) -> Iterator[Record]:
     """
     config, run_dir = start.config, start.config.run_dir
     position = checkpoint.read_state(start.source)["metrics_size"] if start.resumes else 0
-    sessions = len(_sessions(run_dir))
+    before = _written(run_dir)
     with tempfile.TemporaryDirectory() as folder:
         recipe, log = Path(folder) / "recipe.yaml", Path(folder) / "log"
         parameters = absolute_paths(config.to_dict())
@@ -44,10 +44,10 @@ def follow(start: Start) -> Iterator[Record]:
                 [sys.executable, "-m", "lmlib", "train", str(recipe)], cwd=PROJECT_ROOT,
                 env=os.environ, stdout=output, stderr=output, start_new_session=True)
         try:
-            # Once the session is recorded, metrics.jsonl holds no record of lost steps any more.
-            while process.poll() is None and len(_sessions(run_dir)) <= sessions:
+            # Once config.json is written, metrics.jsonl holds no record of lost steps any more.
+            while process.poll() is None and _written(run_dir) == before:
                 time.sleep(PAUSE)
-            if len(_sessions(run_dir)) > sessions:
+            if _written(run_dir) != before:
                 yield from _new_records(run_dir / "metrics.jsonl", position, process)
             process.wait()
         except BaseException:  # the consumer leaves, or Ctrl-C
@@ -62,8 +62,10 @@ def follow(start: Start) -> Iterator[Record]:
         raise UserError(said.removeprefix("Error: "))
 
 
-def _sessions(run_dir: Path) -> list:
-    return read_mapping(run_dir / "environment.json").get("sessions", [])
+def _written(run_dir: Path) -> int:
+    """Return when config.json was written, in nanoseconds; 0 if it was not."""
+    file = run_dir / "config.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _new_records(metrics: Path, position: int, process: subprocess.Popen) -> Iterator[Record]:

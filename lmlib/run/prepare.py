@@ -28,9 +28,8 @@ from lmlib.run.updates import Updates
 
 # Raised when a change of the code changes what a step computes or which text scores it, so that a
 # run of the version before cannot resume bit for bit. 2: validation windows at equal distances.
-# 3: fewer operators for norms, rotary positions and Muon. 4: with `deterministic`, micro-batches
-# are added in the order of a binary tree.
-ARITHMETIC_VERSION = 4
+# 3: fewer operators for norms, rotary positions and Muon.
+ARITHMETIC_VERSION = 3
 
 
 @dataclass
@@ -140,6 +139,9 @@ def _progress(start: Start, config: RunConfig) -> Progress:
                      "of other windows")
     if distributed.world_size() > 1:
         progress.micro_batch_size = micro_batch_size
+    if config.deterministic and not state.get("sums_as_tree") and 2 * micro_batch_size < (
+            config.batch_size):
+        found.append("micro-batches are now added in the order of a binary tree")
     recorded = RunConfig.recorded(config.run_dir)
     if recorded and recorded.micro_batch_size != config.micro_batch_size:
         found.append(f"micro_batch_size was {recorded.micro_batch_size}, is "
@@ -169,7 +171,6 @@ def record_start(run: Run):
     session = {"from_step": run.progress.step, "total_steps": config.total_steps,
                "started": utc_now()}
     run_dir.mkdir(parents=True, exist_ok=True)
-    run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)  # before the rest
     _remove_later_evaluations(run)
     write_json(run_dir / "environment.json", {
         **current, "init_from": str(parent) if parent else before.get("init_from"),
@@ -179,6 +180,8 @@ def record_start(run: Run):
                   "active_parameter_count": active_parameter_count(model),
                   "flops_per_token": flops_per_token(model)},
         "audit": run.audit, "sessions": [*before.get("sessions", []), session]})
+    run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)
+    # Last: `follow` waits for it.
     write_json(run_dir / "config.json", {**config.to_dict(), **run.leak_mark})
     run.saver = checkpoint.Saver(background=run.start.device.type == "cuda")
 
