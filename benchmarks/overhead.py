@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,16 +26,17 @@ from lmlib import training
 from lmlib.analysis import figures, frames
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT, resolve_path
+from lmlib.notebook import live
 from lmlib.run import prepare as preparing
 
 STEPS, EVALUATIONS, CHECKPOINTS = 10_000, 100, 10
 
 
 class Clock:
-    """The seconds and calls of functions, by name."""
+    """The seconds of each call of functions, by name."""
 
     def __init__(self):
-        self.seconds, self.calls = defaultdict(float), defaultdict(int)
+        self.seconds = defaultdict(list)
 
     def watch(self, module, name: str, generates: bool = False):
         """Replace a module's function by one that is timed."""
@@ -44,14 +46,13 @@ class Clock:
             began = time.perf_counter()
             result = function(*arguments, **options)
             result = list(result) if generates else result
-            self.seconds[name] += time.perf_counter() - began
-            self.calls[name] += 1
+            self.seconds[name].append(time.perf_counter() - began)
             return result
 
         setattr(module, name, timed)
 
-    def mean(self, name: str) -> float:
-        return self.seconds[name] / self.calls[name]
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
 
 
 def parts(recipe: str, steps: int, folder: str) -> list[tuple[str, float, int]]:
@@ -73,7 +74,7 @@ def parts(recipe: str, steps: int, folder: str) -> list[tuple[str, float, int]]:
     )
     shutil.rmtree(config.run_dir, ignore_errors=True)
     clock = Clock()
-    for name in ("apply_update", "open_store", "save", "prepare", "finish"):
+    for name in ("apply_update", "open_together", "save", "prepare", "finish"):
         clock.watch(training, name)
     for name in ("evaluate", "read_updates"):
         clock.watch(training, name, generates=True)
@@ -83,23 +84,26 @@ def parts(recipe: str, steps: int, folder: str) -> list[tuple[str, float, int]]:
         if record.kind == "eval" and record.step == 0:
             looped = time.perf_counter()
     ended = time.perf_counter()
-    known = ("apply_update", "read_updates", "save", "evaluate", "finish")
+    known = ("apply_update", "read_updates", "save", "finish")
     # The evaluation of step 0 comes before `looped`.
-    loop = ended - looped - sum(map(clock.seconds.get, known)) + clock.mean("evaluate")
-    rest = clock.seconds["prepare"] - clock.seconds["before_training"]
-    begins = looped - began - clock.seconds["prepare"] - clock.seconds["open_store"]
-    records = config.log_every and STEPS // RunConfig.load(recipe).log_every
+    timed = sum(sum(clock.seconds[name]) for name in known) + sum(clock.seconds["evaluate"][1:])
+    before = sum(clock.seconds[name][0] for name in ("open_together", "prepare", "evaluate"))
+    audit = clock.seconds["before_training"][0]
+    records = STEPS // RunConfig.load(recipe).log_every
+    updates = clock.median("apply_update") * STEPS
+    drawing = chart(config, folder, records) * (records + 2 * EVALUATIONS)
     return [
-        ("updates", clock.mean("apply_update"), STEPS),
-        ("loop and guards", max(0.0, loop) / steps, STEPS),
-        ("reading losses, metrics", clock.mean("read_updates"), records),
-        ("evaluations and samples", clock.mean("evaluate"), EVALUATIONS),
-        ("checkpoints", clock.mean("save"), CHECKPOINTS),
-        ("live chart", chart(config, folder, records), records + 2 * EVALUATIONS),
-        ("verifying the tokens", clock.seconds["open_store"], 1),
-        ("preflight audit", clock.seconds["before_training"], 1),
-        ("last results and curves", clock.seconds["finish"], 1),
-        ("building the model, lock, folder", rest + max(0.0, begins - clock.mean("evaluate")), 1),
+        ("updates", clock.median("apply_update"), STEPS),
+        ("loop and guards", max(0.0, ended - looped - timed) / steps, STEPS),
+        ("reading losses, metrics", clock.median("read_updates"), records),
+        ("evaluations and samples", clock.median("evaluate"), EVALUATIONS),
+        ("checkpoints", clock.median("save"), CHECKPOINTS),
+        ("live chart (it limits itself)", min(drawing, live.CREDIT + live.SHARE * updates), 1),
+        ("preparing the tokens, once", clock.seconds["open_together"][0], 1),
+        ("preflight audit", audit, 1),
+        ("building the model, lock, folder", looped - began - before, 1),
+        ("the rest of prepare", clock.seconds["prepare"][0] - audit, 1),
+        ("last results and curves", clock.seconds["finish"][0], 1),
     ]
 
 
