@@ -1,7 +1,7 @@
 """The same loop in several processes, by torch.distributed; in one process each call does nothing.
 
-Every process makes the same calls in the same order. A process is told by its rank; rank 0 alone
-writes. With `exact` gradients, sums do not depend on the number of processes: see `GradientSum`.
+Every process makes the same calls in the same order. Rank 0 alone writes. With `exact` gradients,
+sums do not depend on the number of processes: see `_tree_sum` and, for rounds, `PairwiseSum`.
 """
 
 import ctypes

@@ -137,19 +137,20 @@ def build_optimizers(model: nn.Module, config: RunConfig,
     return optimizers
 
 
-def owners(model: nn.Module, config: RunConfig, processes: int) -> dict[Tensor, int]:
+def owners(model: nn.Module, optimizers: list[Optimizer], processes: int) -> dict[Tensor, int]:
     """Return which of several processes updates each parameter, their work being about equal.
 
     Muon's stacks stay whole: of another stack a matrix's update may have other bits.
     """
     units = []
-    for optimizer in build_optimizers(model, config):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             is_muon = isinstance(optimizer, Muon)
             whole = optimizer.stacks(group["params"]) if is_muon else [[p] for p in group["params"]]
-            # Newton-Schulz takes about 20 operations per element and row of the shorter side.
-            units += [(sum(p.numel() * (20 * min(p.shape[-2:]) if is_muon else 20) for p in unit),
-                       unit) for unit in whole]
+            # Newton-Schulz costs as much per element and row of the shorter side as AdamW does
+            # per element, roughly.
+            units += [(sum(p.numel() * (min(p.shape[-2:]) if is_muon else 1) for p in unit), unit)
+                      for unit in whole]
     work, found = [0] * processes, {}
     for cost, unit in sorted(units, key=lambda pair: -pair[0]):
         owner = work.index(min(work))

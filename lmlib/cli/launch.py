@@ -7,7 +7,6 @@ for those that died. A run resumes from its newest checkpoint, as after any kill
 import argparse
 import logging
 import os
-import signal
 import sys
 
 from lmlib.cli.display import show
@@ -61,6 +60,6 @@ def run_processes(count: int, command: list[str]) -> int:
         statuses = [failure.exitcode for failure in error.failures.values()]
         # One process that dies takes the others with it, by a signal or an error of their own.
         return next((status for status in statuses if status in (FAILED, STOPPED)), statuses[0])
-    except SignalException as error:
-        return STOPPED if error.sigval in (signal.SIGINT, signal.SIGTERM) else FAILED
+    except SignalException:  # the agent was asked to stop, and has passed that on
+        return STOPPED
     return 0

@@ -1,6 +1,5 @@
 """Train a run in several processes from one that only watches: a notebook, or a script."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def follow(start: Start) -> Iterator[Record]:
             # A session of its own, so that a terminal's Ctrl-C reaches it once.
             process = subprocess.Popen(
                 [sys.executable, "-m", "lmlib", "train", str(recipe)], cwd=PROJECT_ROOT,
-                env=os.environ, stdout=output, stderr=output, start_new_session=True)
+                stdout=output, stderr=output, start_new_session=True)
         try:
             # Once config.json is written, metrics.jsonl holds no record of lost steps any more.
             while process.poll() is None and _written(run_dir) == before:

@@ -97,7 +97,7 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
         check_data(config.run_dir, start.source, store)
     model = build_model(config, start.source).to(start.device)
     optimizers = whole = optim.build_optimizers(model, config)
-    owners = optim.owners(model, config, distributed.world_size())
+    owners = optim.owners(model, whole, distributed.world_size())
     if distributed.world_size() > 1:
         owned = {parameter for parameter, owner in owners.items() if owner == distributed.rank()}
         optimizers = optim.build_optimizers(model, config, owned)
