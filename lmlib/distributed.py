@@ -4,12 +4,10 @@ Every process makes the same calls in the same order. Rank 0 alone writes. With 
 sums do not depend on the number of processes: see `_tree_sum` and, for rounds, `PairwiseSum`.
 """
 
-import ctypes
 import json
 import os
 import platform
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -60,21 +58,22 @@ def join() -> Iterator[None]:
     if not is_launched() or dist.is_initialized():
         yield
         return
-    if tuple(map(int, torch.__version__.split(".")[:2])) < TESTED:
-        raise UserError(f"Several processes need torch {TESTED[0]}.{TESTED[1]} or newer; this is "
-                        f"{torch.__version__}. One process trains with this version too.")
     # Tensors on the CPU go through gloo everywhere: what is agreed on never waits for a GPU.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    has_cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+    has_backend = dist.is_gloo_available() and (dist.is_nccl_available() or not has_cuda)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TESTED or not has_backend:
+        once = Alone if os.environ.get("LOCAL_RANK") == "0" else UserError  # on each machine
+        raise once(f"Several processes need torch {TESTED[0]}.{TESTED[1]} or newer with {backend}; "
+                   f"{platform.node()} has {torch.__version__}. One process trains with it too.")
     limit = timedelta(seconds=float(os.environ.get("LMLIB_EXCHANGE_LIMIT", LIMIT)))
-    if sys.platform == "linux":  # no process is left behind where the launcher is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     dist.init_process_group(backend, timeout=limit)
     try:
         yield
     except (UserError, Stopped) as error:  # of all ranks at once
         if not isinstance(error, Alone):
             with suppress(RuntimeError):
-                dist.monitored_barrier(timeout=timedelta(seconds=30))
+                dist.monitored_barrier(timeout=timedelta(seconds=10))
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first to end must not end others
         raise
     finally:
@@ -89,11 +88,10 @@ def is_lost(error: Exception) -> bool:
 
 # ---- Values ----
 
-def gather(value: Any, patient: bool = False) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the value of each rank, on every rank. Values are what JSON can hold."""
     if world_size() == 1:
         return [value]
-    group = dist.new_group(timeout=PATIENCE, backend="gloo") if patient else None
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(content)]), group=group)
@@ -113,12 +111,14 @@ def agree(function: Callable[[], Any], only_first: bool = False, patient: bool =
     if world_size() == 1:
         return function()
     result, mine = None, None
+    # Connected before rank 0 works, so that the others see at once if it dies.
+    group = dist.new_group(timeout=PATIENCE, backend="gloo") if patient else None
     if is_first() or not only_first:
         try:
             result = function()
         except UserError as error:
             mine = error
-    found = gather([mine and str(mine), platform.node(), result if only_first else None], patient)
+    found = gather([mine and str(mine), platform.node(), result if only_first else None], group)
     for number, (problem, machine, _) in enumerate(found):
         if problem and number == rank():
             raise mine

@@ -1,16 +1,14 @@
-"""Several processes on gloo: the same bits as one, and what happens when one of them ends."""
+"""Several processes on gloo: the same bits as one."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from fingerprint import fingerprint
-from process import SMOKE, command, start, wait_for
+from process import SMOKE
+from together import EXACT
 
 import lmlib
 from lmlib import distributed
@@ -20,8 +18,6 @@ from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT
 from lmlib.run.together import check_processes
 
-EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
-EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
 VARIANTS = {
     "muon": {**EXACT, "grad_clip": 0.05},  # below every norm, so that clipping is active
     "moe": {**EXACT, "feed_forward": "moe"},
@@ -106,119 +102,6 @@ def test_without_deterministic_the_losses_are_close(tmp_path):
         found = [json.loads(line) for line in lines]
         losses.append([line["loss"] for line in found if line["kind"] == "step"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 50
-
-
-# ---- What goes wrong ----
-
-
-def launched(folder: Path, name: str, *words: str, **changes) -> list[str]:
-    changes = {**EXACT, "total_steps": 200, "checkpoint_every": 50, "eval_every": 50, **changes}
-    parameters = {"output_dir": folder, "run_name": name, **changes}
-    return [*command("train", **parameters), "--processes", "2", *words]
-
-
-def workers(launcher: subprocess.Popen) -> dict[int, int]:
-    """Return the process ids of the launcher's processes by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = dict(
-                part.split("=", 1)
-                for part in (folder / "environ").read_text().split("\0")
-                if "=" in part
-            )
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, ValueError):
-            continue
-        if parent == launcher.pid and "RANK" in variables:
-            found[int(variables["RANK"])] = int(folder.name)
-    return found
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(launched(folder, "run"), cwd=PROJECT_ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return fingerprint(folder / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_started_again_and_no_bit_differs(tmp_path, undisturbed, rank):
-    log = tmp_path / "log"
-    process = start(log, *launched(tmp_path, "run", "--restarts", "1"))
-    wait_for(process, log, "Step 67/200")
-    os.kill(workers(process)[rank], signal.SIGKILL)
-    assert process.wait(180) == 0, log.read_text()
-    text = log.read_text()
-    assert "Starting again from the newest checkpoint (restart 1 of 1)" in text
-    assert "Resuming from step 50 of 200" in text and "Traceback" not in text
-    assert fingerprint(tmp_path / "run") == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("whom", ["launcher", "rank 0", "rank 1", "stop file"])
-def test_a_request_to_stop_saves_one_step_and_is_not_started_again(tmp_path, undisturbed, whom):
-    log = tmp_path / "log"
-    process = start(log, *launched(tmp_path, "run", "--restarts", "3"))
-    wait_for(process, log, "Step 3/200")
-    if whom == "stop file":
-        (tmp_path / "run" / "stop").touch()
-    else:
-        pid = process.pid if whom == "launcher" else workers(process)[int(whom[-1])]
-        os.kill(pid, signal.SIGTERM)
-    assert process.wait(180) == 130, log.read_text()
-    [step] = checkpoint_steps(tmp_path / "run")
-    assert 3 <= step < 200 and "Starting again" not in log.read_text()
-    assert log.read_text().count("The checkpoint is saved") == 1
-    again = subprocess.run(launched(tmp_path, "run"), cwd=PROJECT_ROOT, capture_output=True)
-    assert again.returncode == 0
-    assert fingerprint(tmp_path / "run")["results"] == undisturbed["results"]
-
-
-@pytest.mark.slow
-def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
-    log = tmp_path / "log"
-    process = start(log, *launched(tmp_path, "run", total_steps=100_000, checkpoint_every=50_000))
-    wait_for(process, log, "Step 3/")
-    pids = workers(process).values()
-    process.kill()
-    process.wait()
-    until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"learning_rate": 1e30}, "is not finite"),
-        ({"corpus": "no/such/file.txt"}, "no/such/file.txt"),
-        ({"init_from": "no/such/run"}, "no/such/run"),
-    ],
-)
-def test_an_error_is_said_once_and_not_started_again(tmp_path, changes, sentence):
-    words = launched(tmp_path, "run", "--restarts", "3", **changes)
-    done = subprocess.run(words, cwd=PROJECT_ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.count("Error:") == 1 and sentence in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and "Starting again" not in done.stderr
-
-
-@pytest.mark.slow
-def test_a_run_that_is_held_elsewhere_is_refused_by_all(tmp_path):
-    log = tmp_path / "log"
-    holder = start(log, *launched(tmp_path, "run", total_steps=100_000, checkpoint_every=50_000))
-    wait_for(holder, log, "Step 3/")
-    words = launched(tmp_path, "run", total_steps=100_000, checkpoint_every=50_000)
-    done = subprocess.run(words, cwd=PROJECT_ROOT, capture_output=True, text=True)
-    holder.kill()
-    holder.wait()
-    assert done.returncode == 1
-    assert done.stderr.count("is being written by process") == 1, done.stderr
 
 
 def test_one_process_follows_those_that_train(tmp_path, by_count):

@@ -53,7 +53,7 @@ def run_processes(count: int, command: list[str]) -> int:
     agent = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"lmlib-{os.getpid()}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-        shutdown_timeout=SHUTDOWN)
+        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN)))
     try:
         elastic_launch(agent, sys.executable)(*command)
     except ChildFailedError as error:

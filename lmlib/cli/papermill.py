@@ -20,12 +20,13 @@ from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT, atomic_write, display_path, resolve_path
 from lmlib.parameters import absolute_paths
-from lmlib.run.lock import hangup_signals
+from lmlib.run.lock import hangup_signals, stop_with_parent
 from lmlib.text import printable
 
 
 def notebook(options: argparse.Namespace) -> int:
     """Check every parameter, then execute notebooks/train.ipynb into the run's folder."""
+    stop_with_parent()
     config = load_config(options)
     from lmlib.run.start import finished_results, merge_recorded  # imports torch
     run_dir = config.run_dir.absolute()  # papermill changes this process's folder

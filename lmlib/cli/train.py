@@ -10,6 +10,7 @@ from lmlib.cli.display import show
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
 from lmlib.parameters import parse_overrides
+from lmlib.run.lock import stop_with_parent
 from lmlib.text import printable
 
 CRASHED = 70  # exit status of one of several processes, after an error that is no UserError
@@ -23,6 +24,7 @@ def load_config(options: argparse.Namespace) -> RunConfig:
 
 def train(options: argparse.Namespace) -> int:
     """Train a recipe and print each record; Ctrl-C saves, and leaves the curves so far."""
+    stop_with_parent(os.getppid() if "WORLD_SIZE" in os.environ else None)
     if options.processes is not None:
         options.p.append(["processes", str(options.processes)])
     config = load_config(options)

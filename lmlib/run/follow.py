@@ -1,5 +1,6 @@
 """Train a run in several processes from one that only watches: a notebook, or a script."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from lmlib import checkpoint
 from lmlib.errors import Stopped, UserError
 from lmlib.files import PROJECT_ROOT
 from lmlib.parameters import absolute_paths
+from lmlib.run.lock import PARENT
 from lmlib.run.records import Record, parse_record
 from lmlib.run.start import Start
 
@@ -41,6 +43,7 @@ def follow(start: Start) -> Iterator[Record]:
             # A session of its own, so that a terminal's Ctrl-C reaches it once.
             process = subprocess.Popen(
                 [sys.executable, "-m", "lmlib", "train", str(recipe)], cwd=PROJECT_ROOT,
+                env={**os.environ, PARENT: str(os.getpid())},
                 stdout=output, stderr=output, start_new_session=True)
         try:
             # Once config.json is written, metrics.jsonl holds no record of lost steps any more.

@@ -1,6 +1,7 @@
 """Who writes to a run's folder: the lock, the heartbeat, the run's status, requests to stop."""
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -17,6 +18,8 @@ from lmlib.errors import UserError
 from lmlib.files import read_mapping, utc_now
 
 BEAT = 5.0  # seconds between heartbeats
+STALE = 6 * BEAT  # age of the heartbeat of a process that has died, seen from another machine
+PARENT = "LMLIB_PARENT"  # in the environment: the process with which this one is to stop
 
 
 def _lock_file(run_dir: Path) -> Path:
@@ -28,6 +31,8 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run for this process; raises a ValueError that names the process that holds it.
 
     The system drops the lock when the process ends, even by a kill, so no stale lock remains.
+    Machines may not see each other's locks: the heartbeat of another one must be stale too, which
+    is waited for.
     """
     path = _lock_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,12 +43,35 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
                         "first, or choose another run_name.") from None
     with held:
         path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
+        _wait_until_stale(run_dir)
         yield
+
+
+def _wait_until_stale(run_dir: Path):
+    """Wait until a heartbeat that another machine left is stale; a ValueError if it goes on."""
+    age, is_news = _beat_age(run_dir), True
+    while age is not None and age < STALE and not _beats_here(run_dir):
+        if is_news:
+            logging.getLogger(__name__).warning(
+                "%s was written by process %s %.0f seconds ago; waiting whether it still is.",
+                run_dir, run_holder(run_dir), age)
+        is_news = False
+        time.sleep(0.2)
+        before, age = age, _beat_age(run_dir)
+        if age is not None and age < before:
+            raise UserError(f"{run_dir} is being written by process {run_holder(run_dir)}; stop "
+                            "that one first, or choose another run_name.")
 
 
 def lock_holder(run_dir: Path) -> str | None:
     """Return the process that holds the run, as "pid on machine"; None if none does."""
     return _pid(_lock_file(run_dir)) if _is_locked(run_dir) else None
+
+
+def run_holder(run_dir: Path) -> str:
+    """Return the process that writes to the run, by its lock or heartbeat, as "pid on machine"."""
+    beat = read_mapping(run_dir / "heartbeat.json")
+    return lock_holder(run_dir) or f"{beat.get('pid', 'unknown')} on {beat.get('machine')}"
 
 
 def _is_locked(run_dir: Path) -> bool | None:
@@ -98,21 +126,28 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
 
 def run_status(run_dir: Path) -> str:
     """Return "running", "finished", "died" (a heartbeat is left), "stopped" or "empty"."""
-    beat = run_dir / "heartbeat.json"
-    try:
-        age = time.time() - beat.stat().st_mtime
-    except OSError:
-        age = None
-    if age is not None:
-        is_here = read_mapping(beat).get("machine") == platform.node()
-        locked = _is_locked(run_dir) if is_here else None
-        if age < 6 * BEAT if locked is None else locked:
+    if (age := _beat_age(run_dir)) is not None:
+        locked = _is_locked(run_dir) if _beats_here(run_dir) else None
+        if age < STALE if locked is None else locked:
             return "running"
     if (run_dir / "results.json").exists():
         return "finished"
     if age is not None:
         return "died"
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
+
+
+def _beat_age(run_dir: Path) -> float | None:
+    """Return the age of the run's heartbeat in seconds; None if it has none."""
+    try:
+        return time.time() - (run_dir / "heartbeat.json").stat().st_mtime
+    except OSError:
+        return None
+
+
+def _beats_here(run_dir: Path) -> bool:
+    """Whether the run's heartbeat is that of a process on this machine."""
+    return read_mapping(run_dir / "heartbeat.json").get("machine") == platform.node()
 
 
 def is_running(run_dir: Path) -> bool:
@@ -158,3 +193,21 @@ def hangup_signals() -> tuple[signal.Signals, ...]:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         return (signal.SIGHUP,)
     return ()
+
+
+def stop_with_parent(parent: int | None = None):
+    """Ask this process to stop, as SIGTERM does, once the process that started it has ended.
+
+    `parent` is that process's id, by default what PARENT in the environment says, if anything. Its
+    own children do not inherit this.
+    """
+    given = os.environ.pop(PARENT, None)
+    parent = parent or (given and int(given))
+
+    def watch():
+        while os.getppid() == parent:  # on Windows, always
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, which may be waiting
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()

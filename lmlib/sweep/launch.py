@@ -1,6 +1,8 @@
 """Launch the runs of a sweep, each in a process of its own."""
 
+import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,15 +19,17 @@ import yaml
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 from lmlib.parameters import absolute_paths
-from lmlib.run.lock import hangup_signals, lock_holder
+from lmlib.run.lock import PARENT, hangup_signals, lock_holder, run_holder, run_status
 from lmlib.run.start import finished_results, merge_recorded
+
+PAUSE = 5.0  # seconds between two looks at the runs that others train
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run of a sweep ended."""
     config: RunConfig
-    state: str  # "finished", "finished before", "stopped" or "failed"
+    state: str  # "finished", "finished before" (or by others), "stopped" or "failed"
     message: str  # the last error or line of its output
 
 
@@ -36,11 +40,16 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
     others: its output is in `sweep.log` in its folder. Ctrl-C lets the running ones save, and no
     more are started. `jobs` run at once (None: one per CUDA device, else one); on a CPU they share
     the threads.
+
+    The same sweep may run on several machines over one output folder. A run that another process
+    trains is looked at again at the end, until it is finished or that process has ended.
     """
     shares = deque(_shares(jobs))  # of the machine, not in use
-    waiting, running = deque(configs), {}
+    waiting, running, held = deque(configs), {}, Held()
     try:
-        while waiting or running:
+        while waiting or running or held.configs:
+            if not waiting:
+                waiting.extend(held.due())
             if waiting and shares:
                 config = waiting.popleft()
                 with _ctrl_c_deferred():  # a process that is not in `running` would train on
@@ -49,17 +58,47 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
                         running[started] = config, shares.popleft()
                 if isinstance(started, Outcome):
                     yield started
+                elif started is None:
+                    held.add(config)
                 continue
             time.sleep(0.05)
             for process in [process for process in running if process.poll() is not None]:
                 config, share = running.pop(process)
                 shares.append(share)
-                yield _outcome(config, process.returncode)
+                if process.returncode not in (0, 130) and _is_held(config):
+                    held.add(config)  # another machine was first
+                else:
+                    yield _outcome(config, process.returncode)
     finally:  # after Ctrl-C, or when the consumer has closed this generator, some are running
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
+
+
+class Held:
+    """The runs of a sweep that other processes train, and when to look at them again."""
+
+    def __init__(self):
+        self.configs: list[RunConfig] = []
+        self.known: set[str] = set()  # holders that the user has been told of
+        self.looked = time.monotonic()
+
+    def add(self, config: RunConfig):
+        """Keep a run for later; tell the user once of each process that holds it."""
+        self.configs.append(config)
+        self.looked = time.monotonic()
+        news = f"{config.run_name} is trained by process {run_holder(config.run_dir)}"
+        if news not in self.known:
+            logging.getLogger(__name__).warning("%s; this sweep looks at it again later.", news)
+        self.known.add(news)
+
+    def due(self) -> list[RunConfig]:
+        """Return the runs to look at again now, and forget them."""
+        if time.monotonic() < self.looked + PAUSE:
+            return []
+        due, self.configs = self.configs, []
+        return due
 
 
 @contextmanager
@@ -79,14 +118,15 @@ def _ctrl_c_deferred() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def _start(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | Outcome:
-    """Start a run's process, unless the run is finished, already running or cannot be started."""
+def _start(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | Outcome | None:
+    """Start a run's process; None if another process trains the run."""
     try:
         if finished_results(merge_recorded(config)):
             return Outcome(config, "finished before", "")
-        if holder := lock_holder(config.run_dir):
-            return Outcome(config, "failed", f"process {holder} is training it; start the sweep "
-                                             "again when that has ended")
+        if _is_held(config):
+            if run_holder(config.run_dir) != f"{os.getpid()} on {platform.node()}":
+                return None
+            return Outcome(config, "failed", "this process itself is training it")
         config.run_dir.mkdir(parents=True, exist_ok=True)
         recipe = config.run_dir.absolute() / "sweep.yaml"
         parameters = absolute_paths(config.to_dict())  # the process starts in the project's root
@@ -95,10 +135,16 @@ def _start(config: RunConfig, share: dict[str, str]) -> subprocess.Popen | Outco
             # A session of its own: the terminal's Ctrl-C would reach it a second time, which
             # interrupts a run without saving.
             return subprocess.Popen([sys.executable, "-m", "lmlib", "notebook", str(recipe)],
-                                    cwd=PROJECT_ROOT, env={**os.environ, **share}, stdout=log,
-                                    stderr=log, start_new_session=True)
+                                    cwd=PROJECT_ROOT, stdout=log, stderr=log,
+                                    env={**os.environ, **share, PARENT: str(os.getpid())},
+                                    start_new_session=True)
     except Exception as error:  # an unusable folder, a full disk: the other runs continue
         return Outcome(config, "failed", f"{type(error).__name__}: {error}")
+
+
+def _is_held(config: RunConfig) -> bool:
+    """Whether a process writes to a run, by its lock or, on another machine, its heartbeat."""
+    return lock_holder(config.run_dir) is not None or run_status(config.run_dir) == "running"
 
 
 def _outcome(config: RunConfig, status: int) -> Outcome:

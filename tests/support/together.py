@@ -15,6 +15,9 @@ from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 from lmlib.run import gradients
 
+EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
+EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
+
 
 def plant(fault: str) -> Callable[[], None]:
     """Break what makes the result independent of the number of processes; returns the undoing."""

@@ -1,0 +1,190 @@
+"""Several processes of which one is killed, stopped, or finds something wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from fingerprint import fingerprint
+from process import command, start, wait_for
+from together import EXACT
+
+from lmlib.checkpoint import checkpoint_steps
+from lmlib.files import PROJECT_ROOT
+from lmlib.run.lock import run_status
+
+pytestmark = pytest.mark.slow
+STEPS = {**EXACT, "total_steps": 12, "checkpoint_every": 4, "eval_every": 4}
+LONG = {"total_steps": 100_000, "checkpoint_every": 50_000, "eval_every": 50_000}
+INJECT = PROJECT_ROOT / "tests" / "support" / "inject"
+KILLS = {
+    "mid-step, rank 0": (0, "lmlib.training:clip_gradients", 7),
+    "mid-step, rank 1": (1, "lmlib.training:clip_gradients", 7),
+    "mid-save, rank 0": (0, "lmlib.checkpoint:write_manifest", 4),  # weights are there, no state
+    "mid-save, rank 1": (1, "lmlib.distributed:collect", 2),
+    "mid-evaluation, rank 0": (0, "lmlib.evaluation:token_scores", 17),
+    "preflight, rank 0": (0, "lmlib.evaluation:token_scores", 8),
+    "mid-evaluation, rank 1": (1, "lmlib.evaluation:token_scores", 6),
+}
+
+
+def launched(folder: Path, name: str, *words: str, **changes) -> list[str]:
+    """Return the command that trains a run in two processes."""
+    parameters = {"output_dir": folder, "run_name": name, **STEPS, **changes}
+    return [*command("train", **parameters), "--processes", "2", *words]
+
+
+def fault(folder: Path, rank: int, function: str, call: int, do: str) -> dict[str, str]:
+    """Return the variable that makes a fault happen once, to one process."""
+    values = {"rank": rank, "function": function, "call": call, "do": do}
+    return {"LMLIB_FAULT": json.dumps({**values, "mark": str(folder / "happened")})}
+
+
+def environment(**variables) -> dict[str, str]:
+    paths = filter(None, [str(INJECT), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
+
+
+def finish(words: list[str], **variables) -> subprocess.CompletedProcess:
+    """Run a command to its end, with variables in its environment and its output as text."""
+    options = {"cwd": PROJECT_ROOT, "env": environment(**variables)}
+    return subprocess.run(words, capture_output=True, text=True, **options)
+
+
+def workers(launcher: subprocess.Popen) -> dict[int, int]:
+    """Return the process ids of the launcher's processes by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = dict(
+                part.split("=", 1)
+                for part in (folder / "environ").read_text().split("\0")
+                if "=" in part
+            )
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == launcher.pid and "RANK" in variables:
+            found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines that name a folder, of all processes of this machine."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line and file.parent.name != str(os.getpid()):
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = finish(launched(folder, "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return fingerprint(folder / "run")
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_killed_process_is_started_again_and_no_bit_differs(tmp_path, undisturbed, where):
+    words = launched(tmp_path, "run", "--restarts", "1")
+    done = finish(words, **fault(tmp_path, *KILLS[where], do="SIGKILL"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "happened").exists() and "Traceback" not in done.stderr
+    assert "Starting again from the newest checkpoint (restart 1 of 1)" in done.stderr
+    begins = "A new run" if where.startswith("preflight") else "Resuming from step 4 of 12"
+    assert begins in done.stdout[len("A new run") :]
+    assert fingerprint(tmp_path / "run") == undisturbed
+    assert processes_of(tmp_path) == []
+
+
+def test_a_process_that_hangs_is_given_up_after_the_limit(tmp_path, undisturbed):
+    """SIGSTOP: the others wait for LMLIB_EXCHANGE_LIMIT, and the launcher kills it in the end."""
+    variables = fault(tmp_path, 1, "lmlib.training:clip_gradients", 7, do="SIGSTOP")
+    variables |= {"LMLIB_EXCHANGE_LIMIT": "10", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    done = finish(launched(tmp_path, "run", "--restarts", "1"), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "restart 1 of 1" in done.stderr and "Traceback" not in done.stderr
+    assert fingerprint(tmp_path / "run") == undisturbed
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [("lmlib.checkpoint:write_manifest", 2), ("lmlib.training:emit", 9)],
+    ids=["checkpoint", "metrics"],
+)
+def test_a_full_disk_is_said_once_and_not_started_again(tmp_path, undisturbed, function, call):
+    words = launched(tmp_path, "run", "--restarts", "3")
+    done = finish(words, **fault(tmp_path, 0, function, call, do="full"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("Error:") == done.stderr.count("No space left on device") == 1
+    assert "Traceback" not in done.stderr and "Starting again" not in done.stderr
+    assert processes_of(tmp_path) == []
+    assert finish(words).returncode == 0
+    assert fingerprint(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("whom", ["launcher", "rank 0", "rank 1", "stop file"])
+def test_a_request_to_stop_saves_one_step_and_is_not_started_again(tmp_path, undisturbed, whom):
+    log = tmp_path / "log"
+    changes = {"total_steps": 200, "checkpoint_every": 200, "eval_every": 200}
+    process = start(log, *launched(tmp_path, "run", "--restarts", "3", **changes))
+    wait_for(process, log, "Step 3/200")
+    if whom == "stop file":
+        (tmp_path / "run" / "stop").touch()
+    else:
+        pid = process.pid if whom == "launcher" else workers(process)[int(whom[-1])]
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(180) == 130, log.read_text()
+    [step] = checkpoint_steps(tmp_path / "run")
+    assert 3 <= step < 200 and "Starting again" not in log.read_text()
+    assert log.read_text().count("The checkpoint is saved") == 1
+
+
+def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
+    log = tmp_path / "log"
+    process = start(log, *launched(tmp_path, "run", **LONG))
+    wait_for(process, log, "Step 3/")
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while processes_of(tmp_path):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert run_status(tmp_path / "run") == "stopped"  # it was saved
+    assert checkpoint_steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"learning_rate": 1e30}, "is not finite"),
+        ({"corpus": "no/such/file.txt"}, "no/such/file.txt"),
+        ({"init_from": "no/such/run"}, "no/such/run"),
+    ],
+)
+def test_an_error_is_said_once_and_not_started_again(tmp_path, changes, sentence):
+    done = finish(launched(tmp_path, "run", "--restarts", "3", **changes))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("Error:") == 1 and sentence in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Starting again" not in done.stderr
+
+
+def test_a_run_that_is_held_elsewhere_is_refused_by_all(tmp_path):
+    log = tmp_path / "log"
+    holder = start(log, *launched(tmp_path, "run", **LONG))
+    wait_for(holder, log, "Step 3/")
+    done = finish(launched(tmp_path, "run", **LONG))
+    holder.kill()
+    holder.wait()
+    assert done.returncode == 1
+    assert done.stderr.count("is being written by process") == 1, done.stderr
