@@ -17,3 +17,7 @@ class UserError(_Sentence, ValueError):
 
 class Stopped(_Sentence, KeyboardInterrupt):
     """A run was asked to stop; what it had is saved."""
+
+
+class Held(UserError):
+    """Another process writes to the run."""

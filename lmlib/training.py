@@ -21,7 +21,7 @@ from lmlib import checkpoint, distributed, evaluation, optim
 from lmlib.config import RunConfig
 from lmlib.data.tokens import EvaluationText
 from lmlib.data.verify import data_hash
-from lmlib.errors import Stopped, UserError
+from lmlib.errors import Held, Stopped, UserError
 from lmlib.files import os_errors_as_value_errors, write_json
 from lmlib.model import card
 from lmlib.model.huggingface import model_tensors
@@ -93,8 +93,8 @@ def _take(start: Start, stack: ExitStack):
     stack.enter_context(hold_lock(run_dir))
     stack.enter_context(heartbeat(run_dir))
     if checkpoint.checkpoint_steps(run_dir) != start.steps:
-        raise UserError(f"{run_dir} was trained by another process just now; run the same command "
-                        "again.")
+        raise Held(f"{run_dir} was trained by another process just now; run the same command "
+                   "again.")
 
 
 def _until_closed(run: Run, records: Iterator[Record]) -> Iterator[Record]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fingerprint import fingerprint
 from process import SMOKE
 from together import EXACT
@@ -28,13 +29,14 @@ FAULTS = {"all_reduce": ("muon", 4), "dropout": ("muon", 4), "router": ("moe", 4
 FAULTS["order"] = ("muon", 2)  # of the rounds, of which four processes have two
 
 
-def train_together(folder: Path, processes: int, runs: list[dict]):
-    """Train runs one after the other in one launch of so many processes."""
+def train_together(folder: Path, processes: int, runs: list[dict], status: int = 0) -> str:
+    """Train runs one after the other in one launch of so many processes; returns the errors."""
     runs = [{"output_dir": str(folder), **run} for run in runs]
     script = [sys.executable, "tests/support/together.py", json.dumps(runs)]
     script += [str(processes)] if processes > 1 else []
     done = subprocess.run(script, cwd=PROJECT_ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,22 @@ def test_one_two_and_four_processes_give_the_same_bits(by_count, name):
     one, two, four = (fingerprint(by_count[count] / name) for count in (1, 2, 4))
     assert len(one["tensors"]) == 4 and len(one["metrics"]) > 6
     assert one == two == four
+
+
+@pytest.mark.slow
+def test_eight_processes_give_the_same_bits(by_count, tmp_path):
+    train_together(tmp_path, 8, [{"run_name": "muon", **VARIANTS["muon"]}])
+    assert fingerprint(tmp_path / "muon") == fingerprint(by_count[1] / "muon")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no CUDA device beside the first")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_and_two_gpus_give_the_same_bits(tmp_path, name):
+    for count in (1, 2):
+        changes = {"run_name": name, "device": "cuda", **VARIANTS[name]}
+        train_together(tmp_path / str(count), count, [changes])
+    assert fingerprint(tmp_path / "1" / name) == fingerprint(tmp_path / "2" / name)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -147,6 +165,35 @@ def test_what_the_processes_say_is_raised_where_they_are_followed(tmp_path):
 def test_processes_that_cannot_share_the_batch_are_refused(changes, count, sentence):
     with pytest.raises(UserError, match=sentence):
         check_processes(RunConfig(**changes), count)
+
+
+def test_processes_that_differ_refuse_to_start(tmp_path):
+    """Each rank raises the same sentence, which names what differs, and nothing is written."""
+    differ = {
+        "learning_rate": "differ in learning_rate: 0.01 on rank 0 (",
+        "threads": "differ in threads: 1 on rank 0 (",
+        "commit": "differ in commit: ",
+        "folder": "is not that of rank 0. All machines must share it",
+    }
+    runs = [{"run_name": what, "differ": what, **EXACT} for what in differ]
+    errors = train_together(tmp_path, 2, runs, status=1)
+    for what, sentence in differ.items():
+        assert errors.count(sentence) == 2, errors
+        assert not (tmp_path / what).exists()
+    assert "'another' on rank 1" in errors and "Traceback" not in errors
+
+
+def test_a_torch_that_is_too_old_or_lacks_a_backend_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sentence = r"Several processes need torch 2\.13 or newer with gloo; .* has 2\."
+    for name, value in (
+        ("torch.__version__", "2.11.0"),
+        ("torch.distributed.is_gloo_available", bool),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
+            patch.setattr(name, value)
+            with distributed.join():
+                pass
 
 
 def test_one_process_needs_no_group():

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 from fingerprint import fingerprint
-from process import command, start, wait_for
+from process import LONG, command, processes_of, start, wait_for, wait_until
 from together import EXACT
 
 from lmlib.checkpoint import checkpoint_steps
@@ -18,7 +18,6 @@ from lmlib.run.lock import run_status
 
 pytestmark = pytest.mark.slow
 STEPS = {**EXACT, "total_steps": 12, "checkpoint_every": 4, "eval_every": 4}
-LONG = {"total_steps": 100_000, "checkpoint_every": 50_000, "eval_every": 50_000}
 INJECT = PROJECT_ROOT / "tests" / "support" / "inject"
 KILLS = {
     "mid-step, rank 0": (0, "lmlib.training:clip_gradients", 7),
@@ -69,19 +68,6 @@ def workers(launcher: subprocess.Popen) -> dict[int, int]:
             continue
         if parent == launcher.pid and "RANK" in variables:
             found[int(variables["RANK"])] = int(folder.name)
-    return found
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Return the command lines that name a folder, of all processes of this machine."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in line and file.parent.name != str(os.getpid()):
-            found.append(line)
     return found
 
 
@@ -156,10 +142,7 @@ def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
     wait_for(process, log, "Step 3/")
     process.kill()
     process.wait()
-    until = time.monotonic() + 60
-    while processes_of(tmp_path):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: processes_of(tmp_path) == [])
     assert run_status(tmp_path / "run") == "stopped"  # it was saved
     assert checkpoint_steps(tmp_path / "run")
 
@@ -188,3 +171,59 @@ def test_a_run_that_is_held_elsewhere_is_refused_by_all(tmp_path):
     holder.wait()
     assert done.returncode == 1
     assert done.stderr.count("is being written by process") == 1, done.stderr
+
+
+# ---- Two machines ----
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces that see each other: their names and addresses."""
+    names = [f"lmlib-{os.getpid()}-{letter}" for letter in "ab"]
+    addresses, ends = ["10.77.0.1", "10.77.0.2"], [f"lm{os.getpid()}{letter}" for letter in "ab"]
+    lines = [f"ip netns add {name}" for name in names]
+    lines += [
+        f"ip link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}"
+    ]
+    for name, address, end in zip(names, addresses, ends, strict=True):
+        lines += [f"ip -n {name} addr add {address}/24 dev {end}", f"ip -n {name} link set lo up"]
+        lines += [f"ip -n {name} link set {end} up"]
+    try:
+        for line in lines:
+            subprocess.run(line.split(), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no network namespaces: they need root and the command ip")
+    yield list(zip(names, addresses, ends, strict=True))
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name])
+
+
+def test_two_machines_train_and_when_one_dies_the_other_finishes(tmp_path, machines):
+    changes = {**STEPS, "output_dir": tmp_path, "run_name": "run", "total_steps": 200}
+    changes |= {"checkpoint_every": 50, "eval_every": 50}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--rdzv-id", "x"]
+    torchrun += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", f"{machines[0][1]}:29500"]
+    nodes, logs = [], []
+    for number, (name, address, end) in enumerate(machines):
+        enter = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c"]
+        enter += ['hostname "$0" && exec "$@"', name]  # whose heartbeat is that of another machine
+        where = ["--local-addr", address, "--rdzv-conf"]
+        where += [f"is_host={number == 0},last_call_timeout=5"]
+        logs.append(tmp_path / f"{number}.log")
+        words = [*enter, *torchrun, *where, *command("train", **changes)[1:]]
+        variables = environment(GLOO_SOCKET_IFNAME=end, OMP_NUM_THREADS="1")
+        nodes.append(start(logs[-1], *words, env=variables))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"step": 60' in metrics.read_text(), *nodes)
+    killed = nodes[1].pid
+    children = Path(f"/proc/{killed}/task/{killed}/children").read_text().split()
+    for pid in (killed, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    nodes[1].wait()
+    assert nodes[0].wait(300) == 0, logs[0].read_text()
+    sessions = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, 50]
+    alone = finish(command("train", **{**changes, "run_name": "alone"}))
+    assert alone.returncode == 0, alone.stderr
+    assert fingerprint(tmp_path / "alone")["tensors"] == fingerprint(tmp_path / "run")["tensors"]

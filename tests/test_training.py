@@ -217,6 +217,18 @@ def stop_at(config, step: int):
     run.close()
 
 
+def test_the_greeting_says_what_trains_where_there_is_a_choice(smoke, monkeypatch):
+    start = find_start(smoke())
+    assert "train" not in greeting(start) and "processes" not in greeting(start)
+    together = replace(start, config=replace(start.config, processes=2))
+    assert "2 processes train, all on the CPU." in greeting(together)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    on_gpu = replace(start, device=torch.device("cuda"))
+    assert "One of the 4 CUDA devices trains; set processes to 4 to use all." in greeting(on_gpu)
+    together = replace(together, device=torch.device("cuda"))
+    assert "2 processes train, each on a CUDA device of its own." in greeting(together)
+
+
 def test_a_kill_after_the_last_checkpoint_leaves_nothing_behind(smoke, trained, monkeypatch):
     """Between the renaming of the checkpoint's folder and the deletion of what it makes needless."""
 

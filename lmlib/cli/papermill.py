@@ -20,7 +20,7 @@ from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT, atomic_write, display_path, resolve_path
 from lmlib.parameters import absolute_paths
-from lmlib.run.lock import hangup_signals, stop_with_parent
+from lmlib.run.lock import HELD, hangup_signals, stop_with_parent
 from lmlib.text import printable
 
 
@@ -53,7 +53,7 @@ def notebook(options: argparse.Namespace) -> int:
         show(f"The notebook so far: {executed}", stream="stderr")
         show(f"{'' if is_sentence else f'{error.ename}: '}{printable(error.evalue)}",
              stream="stderr")
-        return 130 if error.ename == "Stopped" else 1
+        return {"Stopped": 130, "Held": HELD}.get(error.ename, 1)
     except DeadKernelError:
         show("The notebook's kernel died (out of memory?). Run the same command to resume. "
              f"The notebook so far: {executed}", stream="stderr")

@@ -14,11 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lmlib.errors import UserError
+from lmlib.errors import Held
 from lmlib.files import read_mapping, utc_now
 
 BEAT = 5.0  # seconds between heartbeats
 STALE = 6 * BEAT  # age of the heartbeat of a process that has died, seen from another machine
+HELD = 75  # exit status of `lmlib notebook` where another process trains the run
 PARENT = "LMLIB_PARENT"  # in the environment: the process with which this one is to stop
 
 
@@ -39,8 +40,8 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
     try:  # waits an instant, since `lock_holder` may hold it to look
         held = FileLock(path).acquire(timeout=1, poll_interval=0.02)
     except Timeout:
-        raise UserError(f"{run_dir} is being written by process {_pid(path)}; stop that one "
-                        "first, or choose another run_name.") from None
+        raise Held(f"{run_dir} is being written by process {_pid(path)}; stop that one first, "
+                   "or choose another run_name.") from None
     with held:
         path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         _wait_until_stale(run_dir)
@@ -49,18 +50,19 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
 
 def _wait_until_stale(run_dir: Path):
     """Wait until a heartbeat that another machine left is stale; a ValueError if it goes on."""
-    age, is_news = _beat_age(run_dir), True
+    age, told = _beat_age(run_dir), False
     while age is not None and age < STALE and not _beats_here(run_dir):
-        if is_news:
+        writer = _beating(run_dir)
+        if not told:
             logging.getLogger(__name__).warning(
-                "%s was written by process %s %.0f seconds ago; waiting whether it still is.",
-                run_dir, run_holder(run_dir), age)
-        is_news = False
+                "%s was written by process %s %.0f seconds ago; waiting to see whether it still is "
+                "(%.0f seconds at most).", run_dir, writer, age, STALE - age)
+        told = True
         time.sleep(0.2)
         before, age = age, _beat_age(run_dir)
         if age is not None and age < before:
-            raise UserError(f"{run_dir} is being written by process {run_holder(run_dir)}; stop "
-                            "that one first, or choose another run_name.")
+            raise Held(f"{run_dir} is being written by process {writer}; stop that one first, "
+                       "or choose another run_name.")
 
 
 def lock_holder(run_dir: Path) -> str | None:
@@ -70,8 +72,12 @@ def lock_holder(run_dir: Path) -> str | None:
 
 def run_holder(run_dir: Path) -> str:
     """Return the process that writes to the run, by its lock or heartbeat, as "pid on machine"."""
+    return lock_holder(run_dir) or _beating(run_dir)
+
+
+def _beating(run_dir: Path) -> str:
     beat = read_mapping(run_dir / "heartbeat.json")
-    return lock_holder(run_dir) or f"{beat.get('pid', 'unknown')} on {beat.get('machine')}"
+    return f"{beat.get('pid', 'unknown')} on {beat.get('machine', 'unknown')}"
 
 
 def _is_locked(run_dir: Path) -> bool | None:

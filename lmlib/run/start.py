@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lmlib import checkpoint, files, optim
+from lmlib import checkpoint, distributed, files, optim
 from lmlib.config import ABSENT, RunConfig, unused_parameters
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity
@@ -202,7 +202,7 @@ def disk_needed(config: RunConfig, model: LanguageModel,
 
 def greeting(start: Start, recipe: str | Path | None = None) -> str:
     """Say what `train(config)` is about to do, and how it differs from its recipe and defaults."""
-    return "\n".join([_plan(start), *_differences(start.config, recipe)])
+    return "\n".join([_plan(start), *_processes(start), *_differences(start.config, recipe)])
 
 
 def _differences(config: RunConfig, recipe: str | Path | None) -> list[str]:
@@ -230,6 +230,18 @@ def _differences(config: RunConfig, recipe: str | Path | None) -> list[str]:
 
 def _value(value: Any) -> str:
     return "null" if value is None else printable(str(value))
+
+
+def _processes(start: Start) -> list[str]:
+    """Say what trains, if there are several processes or CUDA devices."""
+    count = torch.cuda.device_count() if start.device.type == "cuda" else 0
+    processes = max(start.config.processes, distributed.world_size())
+    if start.results or (processes == 1 and count < 2):
+        return []
+    if processes == 1:
+        return [f"One of the {count} CUDA devices trains; set processes to {count} to use all."]
+    where = "each on a CUDA device of its own" if count else "all on the CPU"
+    return [f"{processes} processes train, {where}."]
 
 
 def _plan(start: Start) -> str:

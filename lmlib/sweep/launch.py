@@ -19,7 +19,7 @@ import yaml
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT
 from lmlib.parameters import absolute_paths
-from lmlib.run.lock import PARENT, hangup_signals, lock_holder, run_holder, run_status
+from lmlib.run.lock import HELD, PARENT, hangup_signals, lock_holder, run_holder, run_status
 from lmlib.run.start import finished_results, merge_recorded
 
 PAUSE = 5.0  # seconds between two looks at the runs that others train
@@ -65,8 +65,9 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
             for process in [process for process in running if process.poll() is not None]:
                 config, share = running.pop(process)
                 shares.append(share)
-                if process.returncode not in (0, 130) and _is_held(config):
-                    held.add(config)  # another machine was first
+                failed = process.returncode not in (0, 130)
+                if process.returncode == HELD or failed and _is_held(config):
+                    held.add(config)  # another process was first
                 else:
                     yield _outcome(config, process.returncode)
     finally:  # after Ctrl-C, or when the consumer has closed this generator, some are running

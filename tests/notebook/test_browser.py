@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import browser as jupyter
 import pytest
@@ -26,13 +27,18 @@ from browser import (
     settled,
 )
 from playwright import sync_api
+from process import processes_of
 
+from lmlib.checkpoint import checkpoint_steps
 from lmlib.files import PROJECT_ROOT
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine"),
 ]
+
+# The number of points of the longest curve on the page.
+LONGEST = "Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.calcdata.map(d => d.length)))"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,16 @@ def lab(trained, lab_folder):
     endless = {**steps, "total_steps": 1_000_000, "checkpoint_every": 1_000_000}
     jupyter.copy_notebook(
         "train", folder, "stop", recipe="params/smoke.yaml", run_name="stop", **run, **endless
+    )
+    endless["processes"] = 2
+    jupyter.copy_notebook(
+        "train",
+        folder,
+        "together",
+        recipe="params/smoke.yaml",
+        run_name="together",
+        **run,
+        **endless,
     )
     for name in ("curves", "generate"):
         jupyter.copy_notebook(name, folder, run_name="trained", **run)
@@ -104,9 +120,8 @@ def test_train_shows_a_live_chart_that_grows_and_stays(browser, lab):
     assert "Closed this page? curves.ipynb follows this run" in page.inner_text(".lmlib-head")
     size = live.bounding_box()
 
-    longest = "Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.calcdata.map(d => d.length)))"
-    first = page.evaluate(longest)
-    page.wait_for_function(f"{longest} > {first}", timeout=60_000)
+    first = page.evaluate(LONGEST)
+    page.wait_for_function(f"{LONGEST} > {first}", timeout=60_000)
     page.screenshot(path=SCREENSHOTS / "train_live.png")
     all_ran(page, cell_count("train"))
     image = page.locator("img.plot-img").bounding_box()
@@ -115,7 +130,7 @@ def test_train_shows_a_live_chart_that_grows_and_stays(browser, lab):
     assert "3,000 / 3,000" in page.inner_text(".lmlib-head")
     assert "Next: curves.ipynb" in page.inner_text(".jp-Notebook")
     check_chart(page)
-    assert page.evaluate(longest) == 150
+    assert page.evaluate(LONGEST) == 150
     page.get_by_text("Log: the last").click()
     text = page.inner_text(".jp-Notebook")
     assert (
@@ -157,6 +172,25 @@ def test_a_stop_is_calm_and_a_page_closed_during_the_run_shows_its_chart(browser
     text = page.inner_text(".jp-Notebook")
     assert "Traceback" not in text and "Once upon a time" in text
     page.screenshot(path=SCREENSHOTS / "train_stopped.png")
+    page.close()
+
+
+def test_a_chart_follows_two_processes_and_stopping_it_stops_both(browser, lab, trained):
+    page = opened(browser, lab, "together")
+    run_all(page)
+    page.locator(".lmlib-live .js-plotly-plot .main-svg").first.wait_for(timeout=120_000)
+    first = page.evaluate(LONGEST)
+    page.wait_for_function(f"{LONGEST} > {first}", timeout=60_000)
+    sync_api.expect(page.locator(".lmlib-head .state")).to_have_text("running")
+    assert "2 processes train, all on the CPU." in page.inner_text(".jp-Notebook")
+    page.screenshot(path=SCREENSHOTS / "train_together.png")
+    page.locator('.jp-NotebookPanel-toolbar [data-command="notebook:interrupt-kernel"]').click()
+    head = page.locator(".lmlib-head")
+    sync_api.expect(head.locator(".state")).to_have_text("stopped", timeout=60_000)
+    assert checkpoint_steps(Path(trained.output_dir) / "together")
+    all_ran(page, cell_count("train"))
+    assert "Traceback" not in page.inner_text(".jp-Notebook")
+    assert not [line for line in processes_of(trained.output_dir) if "lmlib train" in line]
     page.close()
 
 

@@ -5,11 +5,15 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from lmlib.files import PROJECT_ROOT
+from lmlib.run import lock
 from lmlib.run.lock import hold_lock, is_running, lock_holder, stop_requests
 
 
@@ -62,6 +66,38 @@ def test_a_locked_run_and_one_that_beats_elsewhere_are_running(tmp_path):
         assert is_running(run_dir)
     (run_dir / "heartbeat.json").write_text('{"machine": "another"}')
     assert is_running(run_dir)
+
+
+def test_a_run_is_taken_once_the_heartbeat_of_another_machine_is_stale(tmp_path, monkeypatch):
+    beat, run_dir = tmp_path / "run" / "heartbeat.json", tmp_path / "run"
+    run_dir.mkdir()
+    beat.write_text('{"machine": "another", "pid": 7}')
+    monkeypatch.setattr(lock, "STALE", 2.0)
+    began = time.monotonic()
+    with hold_lock(run_dir):
+        assert time.monotonic() > began + 1
+    beat.touch()
+    refused = pytest.raises(ValueError, match="run is being written by process 7 on another; stop")
+    with refused, beating(beat), hold_lock(run_dir):
+        pass
+
+
+@contextmanager
+def beating(beat: Path):
+    """The other machine goes on."""
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.05):
+            beat.touch()
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.mark.usefixtures("sighup")

@@ -1,7 +1,7 @@
 """Train several runs in the processes of one launch: `python together.py JSON [PROCESSES]`.
 
 JSON is a list of objects with what each run changes in the smoke recipe. "plant" names a fault to
-plant, and "leave_at" the step at which the consumer leaves.
+plant, "differ" what is different on rank 1, and "leave_at" the step at which the consumer leaves.
 """
 
 import json
@@ -12,8 +12,9 @@ import torch
 
 from lmlib import distributed, training
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT
-from lmlib.run import gradients
+from lmlib.run import gradients, together
 
 EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
 EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
@@ -40,16 +41,37 @@ def _add_in_turn(self, tensors: list, addends: int = 1):
         self.partial = [(addends, self._join(self.partial.pop()[1]))]
 
 
-def main():
+def differ(what: str, changes: dict) -> dict:
+    """Make rank 1 different; returns what its run changes in the recipe."""
+    if distributed.rank() == 0:
+        return changes
+    if what == "threads":
+        torch.set_num_threads(3)
+    if what == "commit":
+        together.git_commit = lambda: "another"
+    return {
+        "folder": {**changes, "output_dir": changes["output_dir"] + "/another"},
+        "learning_rate": {**changes, "learning_rate": 0.5},
+    }.get(what, changes)
+
+
+def main() -> int:
+    refused = False
     with distributed.join():
         for changes in json.loads(sys.argv[1]):
             undo = plant(changes.pop("plant", ""))
             leave_at = changes.pop("leave_at", None)
+            changes = differ(changes.pop("differ", ""), changes)
             config = RunConfig.load(PROJECT_ROOT / "params" / "smoke.yaml", **changes)
-            for record in training.train(config):
-                if record.kind == "step" and record.step == leave_at:
-                    break
+            try:
+                for record in training.train(config):
+                    if record.kind == "step" and record.step == leave_at:
+                        break
+            except UserError as error:  # of all ranks
+                print(f"Rank {distributed.rank()}: {error}", file=sys.stderr)
+                refused = True
             undo()
+    return int(refused)
 
 
 if __name__ == "__main__":
@@ -57,4 +79,4 @@ if __name__ == "__main__":
         from lmlib.cli.launch import run_processes
 
         sys.exit(run_processes(int(sys.argv[2]), [__file__, sys.argv[1]]))
-    main()
+    sys.exit(main())

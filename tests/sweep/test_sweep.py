@@ -1,26 +1,30 @@
 """Grids planned and trained in real processes, and the search for a learning rate."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from fingerprint import fingerprint
+from process import LONG, SMOKE, processes_of, wait_until
 
 import lmlib
+from lmlib.checkpoint import checkpoint_steps
 from lmlib.cli.parser import main
 from lmlib.files import PROJECT_ROOT
 from lmlib.model.size import active_parameter_count, parameter_count
+from lmlib.run import lock
 from lmlib.run.lock import hold_lock, run_status
+from lmlib.sweep import launch
 from lmlib.sweep.grid import plan
 from lmlib.sweep.launch import _shares, sweep
 from lmlib.sweep.learning_rate import RangeTest, _steepest, candidates, find_learning_rate
-
-SMOKE = PROJECT_ROOT / "params" / "smoke.yaml"
 
 
 def test_a_grid_is_every_combination_and_names_say_which(tmp_path):
@@ -88,22 +92,69 @@ def test_a_sweep_trains_skips_resumes_and_survives_one_that_fails(text_file, tmp
     assert {path: path.read_bytes() for path in good.rglob("*") if path.is_file()} == before
 
 
+def sweep_of_two(folder: Path, **parameters) -> list[str]:
+    """Return the command of a sweep over two seeds."""
+    given = [word for pair in parameters.items() for word in ("-p", *map(str, pair))]
+    command = [sys.executable, "-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1"]
+    return [*command, "-p", "output_dir", str(folder), *given]
+
+
 @pytest.mark.slow
 def test_ctrl_c_lets_the_running_run_save_and_starts_no_other(tmp_path):
-    parameters = {"total_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
-    parameters["output_dir"] = tmp_path
-    given = ["-m", "lmlib", "sweep", str(SMOKE), "-p", "seed", "0", "1"]
-    given += [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, *given]
+    command = sweep_of_two(tmp_path, **LONG)
     with subprocess.Popen(command, cwd=PROJECT_ROOT, stderr=subprocess.PIPE) as process:
-        while not (tmp_path / "smoke-seed0" / "train.ipynb").exists():
-            time.sleep(0.1)
+        wait_until((tmp_path / "smoke-seed0" / "train.ipynb").exists, process)
         time.sleep(1)  # the kernel is only starting: the request is repeated until the run sees it
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
     assert process.returncode == 130 and run_status(tmp_path / "smoke-seed0") == "stopped"
     assert len(list((tmp_path / "smoke-seed0" / "checkpoints").iterdir())) == 1
     assert not (tmp_path / "smoke-seed1").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process_behind_and_its_run_is_saved(tmp_path):
+    with subprocess.Popen(sweep_of_two(tmp_path, **LONG), cwd=PROJECT_ROOT) as process:
+        metrics = tmp_path / "smoke-seed0" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and '"step"' in metrics.read_text(), process)
+        process.kill()
+    wait_until(lambda: processes_of(tmp_path) == [])
+    assert run_status(tmp_path / "smoke-seed0") == "stopped"
+    assert checkpoint_steps(tmp_path / "smoke-seed0")
+
+
+@pytest.mark.slow
+def test_two_sweeps_over_one_folder_share_the_runs(tmp_path):
+    """As on two machines: each run is trained once, and neither sweep ends before all runs."""
+    options = {"cwd": PROJECT_ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = sweep_of_two(tmp_path)
+    sweeps = [subprocess.Popen(command, text=True, **options) for _ in range(2)]
+    shown = [process.communicate()[0] for process in sweeps]
+    assert [process.returncode for process in sweeps] == [0, 0], shown
+    assert all(text.count("bits per byte, ") == 2 and "failed" not in text for text in shown)
+    assert any("; this sweep looks at it again later." in text for text in shown)
+    for seed in range(2):
+        environment = json.loads((tmp_path / f"smoke-seed{seed}" / "environment.json").read_text())
+        assert len(environment["sessions"]) == 1
+
+
+def test_a_run_of_another_machine_is_taken_over_once_its_heartbeat_is_stale(tmp_path, monkeypatch):
+    [config] = plan([SMOKE], {"total_steps": [2], "output_dir": [str(tmp_path)]})
+    beat = config.run_dir / "heartbeat.json"
+    beat.parent.mkdir()
+    beat.write_text('{"machine": "another", "pid": 7}')
+    monkeypatch.setattr(launch, "PAUSE", 0.1)
+    looked = []
+
+    def holder(run_dir: Path) -> str:
+        if len(looked) == 3:  # it has died
+            os.utime(beat, (time.time() - 60,) * 2)
+        looked.append(lock.run_holder(run_dir))
+        return looked[-1]
+
+    monkeypatch.setattr(launch, "run_holder", holder)
+    [outcome] = sweep([config])
+    assert outcome.state == "finished" and set(looked) == {"7 on another"} and len(looked) >= 4
 
 
 def test_an_unusable_folder_or_a_run_in_training_fails_alone(tmp_path):
@@ -114,7 +165,8 @@ def test_an_unusable_folder_or_a_run_in_training_fails_alone(tmp_path):
     with hold_lock(configs[2].run_dir):
         outcomes = {outcome.config.run_name: outcome for outcome in sweep(configs)}
     assert {outcome.state for outcome in outcomes.values()} == {"failed"}
-    assert "is training it" in outcomes["smoke-seed2"].message and not configs[2].run_dir.exists()
+    assert "itself is training it" in outcomes["smoke-seed2"].message
+    assert not configs[2].run_dir.exists()
 
 
 def test_jobs_share_the_devices_that_the_user_gave(monkeypatch):

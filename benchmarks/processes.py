@@ -1,0 +1,119 @@
+"""A training step in several gloo processes on the CPU, beside plain DDP.
+
+    python benchmarks/processes.py [--recipe params/quickstart.yaml] [--processes 2] [--steps 30]
+
+One thread and one micro-batch per process. Plain DDP is torch's DistributedDataParallel with its own
+all-reduce, and the whole optimizer on every process. lmlib gives each tensor's optimizer to one
+process; with `deterministic` it sums the gradients in a fixed order. The kinds take turns, step by
+step, so that a busy machine slows all of them. Wall-clock medians of rank 0, in seconds: forward and
+backward with the reduction, the update with clipping and what is sent for it, and both. Goal: with
+`deterministic` at most 1.1 of plain DDP.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from lmlib import distributed, optim, training
+from lmlib.cli.launch import run_processes
+from lmlib.config import RunConfig
+from lmlib.model.transformer import LanguageModel
+
+KINDS = ("plain DDP", "lmlib", "lmlib, deterministic")
+
+
+class Loss(torch.nn.Module):
+    """A model whose forward pass is its loss."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(ids, targets)
+
+
+class Step:
+    """A model, its optimizers, and the way in which the processes train it."""
+
+    def __init__(self, config: RunConfig, kind: str):
+        torch.manual_seed(0)
+        self.config, self.kind, self.owners = config, kind, {}
+        self.model = LanguageModel(config)
+        self.optimizers = optim.build_optimizers(self.model, config)
+        if kind == "plain DDP":
+            self.ddp = DistributedDataParallel(Loss(self.model))
+            return
+        self.owners = optim.owners(self.model, self.optimizers, distributed.world_size())
+        owned = {p for p, owner in self.owners.items() if owner == distributed.rank()}
+        self.optimizers = optim.build_optimizers(self.model, config, owned)
+        distributed.reduce_gradients(self.model, exact=kind == "lmlib, deterministic")
+
+    def gradient(self, x: torch.Tensor, y: torch.Tensor, step: int):
+        """Set the gradient of the batch (B, T), of which this process computes its part."""
+        micro = len(x) // distributed.world_size()
+        if self.kind != "plain DDP":
+            training.accumulate_gradients(self.model, x, y, micro, 0, step, torch.float32)
+            return
+        part = slice(distributed.rank() * micro, (distributed.rank() + 1) * micro)
+        self.model.zero_grad(set_to_none=True)
+        self.ddp(x[part], y[part]).backward()
+
+    def update(self):
+        training.clip_gradients(self.model, self.config.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        distributed.broadcast_parameters(self.owners)
+
+
+def measure(config: RunConfig, count: int):
+    """Print the table; in each of the processes."""
+    seconds, kinds = defaultdict(list), {kind: Step(config, kind) for kind in KINDS}
+    shape = (config.batch_size, config.sequence_length + 1)
+    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    for step in range(count + 1):
+        for kind, trained in kinds.items():
+            torch.use_deterministic_algorithms(kind == "lmlib, deterministic")
+            distributed.gather(None)  # all begin together
+            began = time.perf_counter()
+            trained.gradient(ids[:, :-1], ids[:, 1:], step)
+            middle = time.perf_counter()
+            trained.update()
+            ended = time.perf_counter()
+            if step:  # the first warms up
+                seconds[kind].append((middle - began, ended - middle, ended - began))
+    if distributed.is_first():
+        whole = {kind: [statistics.median(part) for part in zip(*seconds[kind], strict=True)]
+                 for kind in KINDS}  # fmt: skip
+        print(f"{'':22}{'gradient':>10}{'update':>10}{'step':>10}{'ratio':>8}")
+        for kind, parts in whole.items():
+            ratios = [a[2] / b[2] for a, b in zip(seconds[kind], seconds[KINDS[0]], strict=True)]
+            print(f"{kind:22}" + "".join(f"{part:10.4f}" for part in parts)
+                  + f"{statistics.median(ratios):8.2f}")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="params/quickstart.yaml")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    if not distributed.is_launched():
+        print(f"{options.recipe}: {options.processes} processes, gloo, one thread each", flush=True)
+        return run_processes(options.processes, sys.argv)
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as in a run
+    with distributed.join():
+        measure(RunConfig.load(options.recipe, dropout=0.0), options.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
