@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     argument("--processes", type=int, metavar="N", help="as -p processes N: on this machine (1)")
     argument("--restarts", type=int, default=0, metavar="K",
              help="times to start again after a process has died (0)")
+    argument = add("plan", "plan:plan", "estimate a recipe's memory, time and disk")
+    _add_recipe(argument)
+    argument("--processes", type=int, metavar="N", help="as -p processes N (1)")
+    argument("--gpu", choices=("h100", "a100", "4090", "t4"), help="(this machine's CPU, measured)")
     _add_recipe(add("notebook", "papermill:notebook", "train by executing notebooks/train.ipynb"))
     argument = add("generate", "generate:generate", "generate text with a run's model")
     argument("run", help="a run, a checkpoint, or a Hugging Face folder")

@@ -38,13 +38,14 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
 
     Finished runs are left alone, interrupted ones resume, and one that fails does not stop the
     others: its output is in `sweep.log` in its folder. Ctrl-C lets the running ones save, and no
-    more are started. `jobs` run at once (None: one per CUDA device, else one); on a CPU they share
-    the threads.
+    more are started. `jobs` run at once (None: as many as the CUDA devices suffice for, else one);
+    on a CPU they share the threads.
 
     The same sweep may run on several machines over one output folder. A run that another process
     trains is looked at again at the end, until it is finished or that process has ended.
     """
-    shares = deque(_shares(jobs))  # of the machine, not in use
+    processes = max((config.processes for config in configs), default=1)
+    shares = deque(_shares(jobs, processes))  # of the machine, not in use
     waiting, running, held = deque(configs), {}, Held()
     try:
         while waiting or running or held.configs:
@@ -157,13 +158,19 @@ def _outcome(config: RunConfig, status: int) -> Outcome:
     return Outcome(config, {0: "finished", 130: "stopped"}.get(status, "failed"), message)
 
 
-def _shares(jobs: int | None) -> list[dict[str, str]]:
-    """Return the environment variables that give each job its CUDA device or its threads."""
+def _shares(jobs: int | None, processes: int = 1) -> list[dict[str, str]]:
+    """Return the environment variables that give each job its CUDA devices or its threads.
+
+    A job needs a device for each of its processes.
+    """
     count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = given.split(",") if given else map(str, range(count))
     devices = [name.strip() for name in names][:count]
-    jobs = jobs or max(1, len(devices))
+    jobs = jobs or max(1, len(devices) // processes)
     if devices:
-        return [{"CUDA_VISIBLE_DEVICES": devices[job % len(devices)]} for job in range(jobs)]
-    threads = str(max(1, torch.get_num_threads() // jobs))
+        each = min(processes, len(devices))
+        chosen = [[devices[(job * each + n) % len(devices)] for n in range(each)]
+                  for job in range(jobs)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in chosen]
+    threads = str(max(1, torch.get_num_threads() // (jobs * processes)))
     return [{"OMP_NUM_THREADS": threads} if jobs > 1 else {} for _ in range(jobs)]

@@ -173,6 +173,12 @@ def test_jobs_share_the_devices_that_the_user_gave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert _shares(3) == [{"CUDA_VISIBLE_DEVICES": name} for name in "232"]
+    assert _shares(None, processes=2) == [{"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    pairs = [{"CUDA_VISIBLE_DEVICES": names} for names in ("0,1", "2,3")]
+    assert _shares(None, processes=2) == pairs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert _shares(None) == [{"CUDA_VISIBLE_DEVICES": name} for name in "01"]
 

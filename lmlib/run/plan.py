@@ -1,0 +1,170 @@
+"""What a run needs, by arithmetic: memory, time, communication and disk. Nothing is trained.
+
+Models are built without values: on torch's meta device, and of its fake tensors to count the
+activations that a backward pass needs. What is assumed of machines stands in `MACHINES`.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from lmlib import optim
+from lmlib.config import RunConfig
+from lmlib.model.loss import HeadLoss
+from lmlib.model.size import flops_per_token, parameter_count
+from lmlib.model.transformer import LanguageModel
+from lmlib.run.start import disk_needed
+from lmlib.run.throughput import matmul_peak
+from lmlib.run.together import check_processes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and what part of its datasheet's figures a run is assumed to reach."""
+    name: str
+    flops: float  # FLOP/s of matrix products in `dtype`
+    dtype: torch.dtype
+    memory: float | None  # bytes
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s that a process sends and receives while all exchange
+    launch: float  # seconds to start a kernel
+    runtime: float  # bytes of the libraries' code and buffers
+    utilization: float  # of `flops` in the model's and Muon's matrix products
+
+# Datasheets: dense matrix products, memory, and the links between GPUs of one machine.
+# fmt: off
+MACHINES = {
+    "h100": Machine("h100", 989e12, torch.bfloat16, 80e9, 3.35e12, 300e9, 5e-6, 0.7e9, 0.50),
+    "a100": Machine("a100", 312e12, torch.bfloat16, 80e9, 2.04e12, 200e9, 5e-6, 0.7e9, 0.55),
+    "4090": Machine("4090", 165e12, torch.bfloat16, 24e9, 1.01e12, 20e9, 5e-6, 0.7e9, 0.55),
+    "t4": Machine("t4", 8.1e12, torch.float32, 16e9, 0.32e12, 10e9, 5e-6, 0.7e9, 0.60),
+}
+# fmt: on
+# Of each saved activation this many times its bytes are read and written in forward and backward;
+# of each parameter as many in clipping and update.
+TRAFFIC, UPDATE_TRAFFIC = 12, 10
+KERNELS_PER_LAYER = 124  # benchmarks/launches.py
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Bytes are those of one process, seconds those of one step."""
+    config: RunConfig
+    machine: Machine
+    processes: int
+    parameters: int
+    memory: dict[str, float]  # bytes, by what needs them
+    peak: float  # bytes
+    flops: float  # of a step, in all processes
+    seconds: dict[str, float]
+    sent: float  # bytes that a process sends in a step
+    disk: float  # bytes of the checkpoints
+
+    @property
+    def step_seconds(self) -> float:
+        """The host starts kernels while the device computes; sending is not hidden."""
+        parts = dict(self.seconds)
+        launching, sending = parts.pop("starting kernels"), parts.pop("communication")
+        return max(launching, sum(parts.values())) + sending
+
+
+def plan(config: RunConfig, machine: Machine | None = None, processes: int = 1) -> Plan:
+    """Return what a run needs on a machine (None: this one's CPU, measured for a second).
+
+    Raises a UserError if the processes cannot share the batch, or if vocab_size is null.
+    """
+    check_processes(config, processes)
+    machine = machine or this_machine()
+    rows = min(config.micro_batch_size or config.batch_size, config.batch_size // processes)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    optimizers = optim.build_optimizers(model, config)
+    muon = [stack for optimizer in optimizers if isinstance(optimizer, optim.Muon)
+            for group in optimizer.param_groups for stack in optimizer.stacks(group["params"])]
+    weights = 4.0 * parameter_count(model)
+    activations = saved_bytes(config, rows, machine.dtype)
+    logits = min(HeadLoss.rows, rows * config.sequence_length) * config.vocab_size * 4
+    stack = max((sum(matrix.nbytes for matrix in matrices) for matrices in muon), default=0)
+    memory = {
+        "weights": weights, "gradients": weights * (2 if processes > 1 else 1),  # DDP's buckets
+        "optimizer": optim.state_bytes(optimizers) / processes, "activations": activations,
+        "loss over the vocabulary": 3.0 * logits, "Muon's stacks": 5.0 * stack,
+        "runtime": machine.runtime}
+    least = memory["weights"] + memory["optimizer"] + machine.runtime
+    # Gradients come as activations go. The head's come with the loss.
+    head = 4 * config.vocab_size * config.hidden_size
+    peak = least + max(activations + 3 * logits + head, memory["gradients"] + 5 * stack)
+    tokens, share = config.batch_size * config.sequence_length, 1 / processes
+    products = flops_per_token(model) * tokens
+    newton_schulz = sum(_newton_schulz_flops(matrix) for stack in muon for matrix in stack)
+    sent = (2 + 1) * weights * (1 - share) if processes > 1 else 0.0  # all-reduce, then broadcast
+    speed = machine.flops * machine.utilization
+    seconds = {
+        "matrix products": products * share / speed,
+        "Muon's products": newton_schulz * share / speed,
+        "other operations": TRAFFIC * activations * (config.batch_size * share / rows)
+        / machine.bandwidth,
+        "update": UPDATE_TRAFFIC * weights / machine.bandwidth,
+        "starting kernels": KERNELS_PER_LAYER * config.num_hidden_layers * machine.launch,
+        "communication": sent / machine.link}
+    return Plan(config, machine, processes, parameter_count(model), memory, peak,
+                products + newton_schulz, seconds, sent,
+                disk_needed(config, model, optimizers, 0))
+
+
+def largest_micro_batch(needs: Plan) -> int | None:
+    """Return the most windows at a time that leave a tenth of the device's memory free, if any."""
+    rows, memory = needs.config.batch_size // needs.processes, needs.machine.memory
+    while rows and memory:
+        smaller = replace(needs.config, micro_batch_size=rows)
+        if plan(smaller, needs.machine, needs.processes).peak < 0.9 * memory:
+            return rows
+        rows //= 2
+    return None
+
+
+def this_machine() -> Machine:
+    """Measure the CPU's matrix products and memory, with the threads that torch uses."""
+    source = torch.ones(2**25)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(4):
+        began = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - began)
+    flops = matmul_peak(torch.device("cpu"), torch.float32)
+    return Machine("this CPU", flops, torch.float32, None, 2 * source.nbytes / min(seconds),
+                   1e9, 1e-5, 0.12e9, 0.85)
+
+
+def saved_bytes(config: RunConfig, rows: int, dtype: torch.dtype) -> float:
+    """Count the bytes of the activations that the backward pass of so many windows needs.
+
+    Experts count as one MLP of the width that a token passes through.
+    """
+    if config.feed_forward == "moe":
+        width = config.moe_intermediate_size * (config.num_experts_per_tok + 1)  # one is shared
+        config = replace(config, feed_forward="mlp", intermediate_size=width)
+    seen = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (FakeTensorMode(allow_non_fake_inputs=True),
+          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+          torch.autocast("cpu", dtype, enabled=dtype != torch.float32)):
+        model, ids = LanguageModel(config).train(), torch.zeros(rows, config.sequence_length,
+                                                                dtype=torch.long)
+        model.loss(ids, ids)
+    for parameter in model.parameters():
+        seen.pop(parameter.untyped_storage()._cdata, None)
+    return float(sum(tensor.untyped_storage().nbytes() for tensor in seen.values()))
+
+
+def _newton_schulz_flops(matrix: Tensor) -> float:
+    """Count the operations of Muon's five steps for a matrix, or a stack of them."""
+    short, long = sorted(matrix.shape[-2:])
+    return 5 * (matrix.numel() / (short * long)) * (4 * short**2 * long + 2 * short**3)

@@ -1,0 +1,92 @@
+"""What a recipe needs, by arithmetic, beside what it was measured to need."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lmlib
+from lmlib.cli.parser import main
+from lmlib.config import RunConfig
+from lmlib.errors import UserError
+from lmlib.files import PROJECT_ROOT
+from lmlib.model.transformer import LanguageModel
+from lmlib.run.plan import MACHINES, plan, saved_bytes
+
+KINDS = {"mla": {}, "mha": {"attention": "mha"}, "adamw": {"optimizer": "adamw"}}
+KINDS["moe"] = {"feed_forward": "moe"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_optimizer_and_disk_are_those_of_a_run(smoke, kind):
+    config = smoke(total_steps=4, checkpoint_every=2, eval_every=4, **KINDS[kind])
+    needs = plan(config, MACHINES["h100"])
+    list(lmlib.train(config))
+    last = config.run_dir / "checkpoints" / "checkpoint_step_4"
+    assert needs.parameters == sum(p.numel() for p in lmlib.load(last)[0].parameters())
+    assert needs.memory["weights"] == 4 * needs.parameters
+    state = (last / "training_state" / "optimizer.safetensors").stat().st_size
+    assert state == pytest.approx(needs.memory["optimizer"], rel=0.1)  # it has a header
+    folders = list((config.run_dir / "checkpoints").iterdir())
+    sizes = [file.stat().st_size for file in config.run_dir.rglob("*.safetensors")]
+    assert sum(sizes) <= needs.disk <= 1.2 * sum(sizes) + 1e6 * len(folders)
+
+
+@pytest.mark.parametrize("kind", KINDS.keys() - {"moe"})
+def test_the_activations_are_those_that_a_backward_pass_keeps(smoke, kind):
+    config, kept = smoke(**KINDS[kind]), {}
+    model = LanguageModel(config).train()
+    ids = torch.zeros(3, config.sequence_length, dtype=torch.long)
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.loss(ids, ids)
+    for parameter in model.parameters():
+        kept.pop(parameter.data_ptr(), None)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert saved_bytes(config, 3, torch.float32) == pytest.approx(found, rel=0.01)
+
+
+def test_processes_share_the_work_and_the_state(smoke):
+    config = smoke(batch_size=8)
+    one, four = plan(config, MACHINES["a100"]), plan(config, MACHINES["a100"], processes=4)
+    assert four.memory["optimizer"] == one.memory["optimizer"] / 4
+    assert four.memory["activations"] == pytest.approx(one.memory["activations"] / 4, rel=0.2)
+    assert four.seconds["matrix products"] == one.seconds["matrix products"] / 4
+    assert one.seconds["communication"] == 0 < four.seconds["communication"]
+    with pytest.raises(UserError, match="3 processes cannot share 8 windows"):
+        plan(config, MACHINES["a100"], processes=3)
+    with pytest.raises(UserError, match="vocab_size is null"):
+        plan(smoke(tokenizer="some/folder", vocab_size=None), MACHINES["a100"])
+
+
+def test_the_command_says_what_fits_and_what_to_set(capsys):
+    assert main(["plan", "exp9", "--gpu", "h100"]) == 0
+    shown = capsys.readouterr().out
+    assert "148,279,808 parameters" in shown and "of 80: fits" in shown
+    assert "10,000 steps: " in shown and "Assumed: 50% of 989 TFLOP/s in bfloat16" in shown
+    assert main(["plan", "exp9", "--gpu", "t4", "-p", "batch_size", "256"]) == 0
+    assert "of 16: does not fit; with micro_batch_size 32 it does" in capsys.readouterr().out
+    wide = ["-p", "hidden_size", "8192", "-p", "num_hidden_layers", "40"]
+    assert main(["plan", "exp9", "--gpu", "4090", *wide]) == 0
+    assert "does not fit, not even one window at a time" in capsys.readouterr().out
+    assert main(["plan", "smoke"]) == 0
+    assert "smoke on this CPU: 36,064 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_of_a_step_is_as_planned(optimizer):
+    """On this CPU; within the 20 % that are promised."""
+    kind = {"adamw": "lmlib", "muon": "lmlib, Muon"}[optimizer]
+    command = [sys.executable, "benchmarks/train.py", "--kind", kind, "--steps", "1"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    config = RunConfig.load(PROJECT_ROOT / "params" / "quickstart.yaml", optimizer=optimizer)
+    needs = plan(config, MACHINES["t4"])  # which computes in float32 too
+    peak = needs.peak - MACHINES["t4"].runtime + 0.12e9  # as `this_machine` says
+    assert json.loads(done.stdout)["memory"] == pytest.approx(peak, rel=0.2)
