@@ -89,6 +89,15 @@ def test_permute_is_a_permutation_determined_by_seed_and_epoch(size):
         assert one[0] == orders[2][7]
 
 
+def test_permute_scatters_the_windows_of_ten_billion_tokens():
+    """No table: a million places of a permutation of 10^10 are distinct, in range, and even."""
+    size = 10**10
+    places = permute(np.arange(size - 10**6, size), size, 0, 0)
+    assert len(np.unique(places)) == 10**6 and 0 <= places.min() and places.max() < size
+    counts = np.bincount(places * 100 // size, minlength=100)  # expected: 10,000 +- 100
+    assert 9_500 < counts.min() and counts.max() < 10_500
+
+
 def test_every_epoch_visits_every_window_once_and_a_batch_needs_no_history(smoke, text_file):
     config = smoke(corpus=str(text_file), batch_size=5)
     store = prepare(config)
