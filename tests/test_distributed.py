@@ -55,6 +55,7 @@ def by_count(tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_two_and_four_processes_give_the_same_bits(by_count, name):
     one, two, four = (fingerprint(by_count[count] / name) for count in (1, 2, 4))
@@ -78,6 +79,7 @@ def test_one_and_two_gpus_give_the_same_bits(tmp_path, name):
     assert fingerprint(tmp_path / "1" / name) == fingerprint(tmp_path / "2" / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_changes_the_bits(by_count, fault):
     name, count = FAULTS[fault]
@@ -85,6 +87,7 @@ def test_a_planted_fault_changes_the_bits(by_count, fault):
     assert fingerprint(planted)["tensors"] != fingerprint(whole)["tensors"]
 
 
+@pytest.mark.slow
 def test_no_file_but_the_environment_tells_the_number_of_processes(by_count):
     def names(folder: Path) -> set[str]:
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
@@ -95,6 +98,7 @@ def test_no_file_but_the_environment_tells_the_number_of_processes(by_count):
         assert texts[0].replace(str(by_count[1]), "") == texts[1].replace(str(by_count[4]), "")
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change_in_the_middle(by_count, tmp_path):
     for count, leave_at in ((2, 2), (1, 4), (4, None)):
         train_together(
@@ -110,6 +114,7 @@ def test_the_number_of_processes_may_change_in_the_middle(by_count, tmp_path):
     assert [session["from_step"] for session in sessions] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_without_deterministic_the_losses_are_close(tmp_path):
     changes = {"run_name": "plain", "total_steps": 50, "batch_size": 4, "dropout": 0.0}
     changes |= {"checkpoint_every": 50, "eval_every": 50}
@@ -122,6 +127,7 @@ def test_without_deterministic_the_losses_are_close(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 50
 
 
+@pytest.mark.slow
 def test_one_process_follows_those_that_train(tmp_path, by_count):
     """`lmlib.train` with `processes` yields what the others record; leaving it saves the run."""
     config = RunConfig.load(

@@ -16,6 +16,8 @@ from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT
 from lmlib.run import gradients, together
 
+sys.modules["matplotlib"] = sys.modules["plotly"] = None  # the curves of each run take seconds
+
 EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
 EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
 
