@@ -9,7 +9,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -25,13 +25,18 @@ LIMIT = 600  # seconds for any exchange while training; LMLIB_EXCHANGE_LIMIT in 
 PATIENCE = timedelta(hours=24)  # while rank 0 prepares the data
 
 
-class Alone(UserError):
-    """An error of one process, which the others do not know of."""
+class LocalError(UserError):
+    """An error of one process that the others do not know of."""
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or `lmlib train --processes`, started this process beside others."""
+    """Whether a launcher (torchrun, `lmlib train --processes`) started this process and others."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process, perhaps alone: it starts no processes itself."""
+    return is_launched() or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def world_size() -> int:
@@ -59,31 +64,27 @@ def join() -> Iterator[None]:
         yield
         return
     # Tensors on the CPU go through gloo everywhere: what is agreed on never waits for a GPU.
-    has_cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
-    has_backend = dist.is_gloo_available() and (dist.is_nccl_available() or not has_cuda)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    has_backend = dist.is_gloo_available() and (backend == "gloo" or dist.is_nccl_available())
     if tuple(map(int, torch.__version__.split(".")[:2])) < TESTED or not has_backend:
-        once = Alone if os.environ.get("LOCAL_RANK") == "0" else UserError  # on each machine
-        raise once(f"Several processes need torch {TESTED[0]}.{TESTED[1]} or newer with {backend}; "
-                   f"{platform.node()} has {torch.__version__}. One process trains with it too.")
+        once = LocalError if os.environ.get("LOCAL_RANK") == "0" else UserError  # on each machine
+        raise once(f"Several processes need torch {TESTED[0]}.{TESTED[1]} or newer, with gloo (and "
+                   f"NCCL for CUDA); {platform.node()} has torch {torch.__version__}.")
     limit = timedelta(seconds=float(os.environ.get("LMLIB_EXCHANGE_LIMIT", LIMIT)))
     dist.init_process_group(backend, timeout=limit)
+    leaving = dist.new_group(timeout=timedelta(seconds=20), backend="gloo")
     try:
         yield
-    except (UserError, Stopped) as error:  # of all ranks at once
-        if not isinstance(error, Alone):
-            with suppress(RuntimeError):
-                dist.monitored_barrier(timeout=timedelta(seconds=10))
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first to end must not end others
+    except (UserError, Stopped) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first to end must not end the others
+        try:
+            gather(None, leaving)
+        except RuntimeError:  # they know nothing of it
+            if isinstance(error, UserError):
+                raise LocalError(str(error)) from error
         raise
     finally:
         dist.destroy_process_group()
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether an error says no more than that another process has ended or does not answer."""
-    signs = "Connection closed", "Connection reset", "Broken pipe", "imed out", "timeout"
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 # ---- Values ----
@@ -103,7 +104,7 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def agree(function: Callable[[], Any], only_first: bool = False, patient: bool = False) -> Any:
-    """Call a function on every rank, or on rank 0 alone, and return its result (of JSON on 0).
+    """Call a function on every rank, or with `only_first` on rank 0, which sends its JSON result.
 
     A UserError of one rank is raised on all of them, and names the rank and its machine. `patient`
     ranks wait for a day.
@@ -156,7 +157,7 @@ def deal(items: Sequence) -> Iterable[tuple[int, Any]]:
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """Sum a tensor over the ranks, in place; exact for integers, and where one is not zero."""
+    """Sum a tensor over the ranks, in place; exact if at most one rank's value is not zero."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -167,8 +168,7 @@ def add_up(tensor: Tensor) -> Tensor:
 class ReducedLoss:
     """A model's `loss` under DDP: its backward pass sums the gradients of all ranks.
 
-    They are summed, not averaged. With `exact` the sum is that of a binary tree over the ranks;
-    else it is that of the backend's all-reduce.
+    They are summed, not averaged; with `exact` in the order of a binary tree over the ranks.
     """
     def __init__(self, model: nn.Module, exact: bool):
         device = next(model.parameters()).device

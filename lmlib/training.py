@@ -69,7 +69,7 @@ def train(config: RunConfig, start: Start | None = None) -> Iterator[Record]:
         if start.results:
             yield Record("done", start.step, start.results, {})
             return
-        if start.config.processes > 1 and not distributed.is_launched():
+        if start.config.processes > 1 and not distributed.is_worker():
             yield from follow(start)
             return
         run_dir, is_first = start.config.run_dir, distributed.is_first()
@@ -186,10 +186,11 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
             break
         except torch.cuda.OutOfMemoryError:
             if distributed.world_size() > 1 or run.config.deterministic:
-                raise distributed.Alone(
+                where = f" on rank {distributed.rank()}" if distributed.world_size() > 1 else ""
+                raise UserError(
                     f"Out of memory at step {step} with micro_batch_size "
-                    f"{progress.micro_batch_size} on rank {distributed.rank()}: set a smaller one. "
-                    "Several processes and deterministic runs never change it.") from None
+                    f"{progress.micro_batch_size}{where}: set a smaller one. Several processes and "
+                    "deterministic runs never change it.") from None
             if progress.micro_batch_size == 1:
                 raise
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)

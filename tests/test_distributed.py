@@ -191,7 +191,7 @@ def test_processes_that_differ_refuse_to_start(tmp_path):
 
 def test_a_torch_that_is_too_old_or_lacks_a_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    sentence = r"Several processes need torch 2\.13 or newer with gloo; .* has 2\."
+    sentence = r"Several processes need torch 2\.13 or newer, with gloo .* has torch 2\."
     for name, value in (
         ("torch.__version__", "2.11.0"),
         ("torch.distributed.is_gloo_available", bool),

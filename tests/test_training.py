@@ -224,7 +224,7 @@ def test_the_greeting_says_what_trains_where_there_is_a_choice(smoke, monkeypatc
     assert "2 processes train, all on the CPU." in greeting(together)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     on_gpu = replace(start, device=torch.device("cuda"))
-    assert "One of the 4 CUDA devices trains; set processes to 4 to use all." in greeting(on_gpu)
+    assert "One of the 4 CUDA devices trains; see the parameter processes." in greeting(on_gpu)
     together = replace(together, device=torch.device("cuda"))
     assert "2 processes train, each on a CUDA device of its own." in greeting(together)
 

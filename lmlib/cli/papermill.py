@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,9 @@ from traitlets.config import Config
 from lmlib.cli.display import Output, show
 from lmlib.cli.train import load_config
 from lmlib.config import RunConfig
-from lmlib.files import PROJECT_ROOT, atomic_write, display_path, resolve_path
+from lmlib.files import PROJECT_ROOT, atomic_write, display_path, read_mapping, resolve_path
 from lmlib.parameters import absolute_paths
-from lmlib.run.lock import HELD, hangup_signals, stop_with_parent
+from lmlib.run.lock import HELD, SESSION, hangup_signals, stop_with_parent
 from lmlib.text import printable
 
 
@@ -94,13 +96,16 @@ def _stop_on_signals(run_dir: Path) -> Iterator[None]:
     The kernel has a session of its own, so it gets none of the terminal's signals.
     """
     stop, asked, ended = run_dir / "stop", threading.Event(), threading.Event()
+    os.environ[SESSION] = session = uuid.uuid4().hex
 
     def request_stop():
         asked.wait()
         # Again and again: a run that is only starting deletes a stop file as an old one.
         while not ended.wait(0.5):
             with contextlib.suppress(OSError):
-                stop.touch()
+                # Not where another process trains the run: that would stop.
+                if read_mapping(run_dir / "heartbeat.json").get("session") == session:
+                    stop.touch()
 
     def on_signal(number: int, frame: object):
         if asked.is_set():

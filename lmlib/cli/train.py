@@ -3,6 +3,7 @@
 import argparse
 import os
 import traceback
+import warnings
 from pathlib import Path
 from typing import get_type_hints
 
@@ -13,7 +14,12 @@ from lmlib.parameters import parse_overrides
 from lmlib.run.lock import stop_with_parent
 from lmlib.text import printable
 
-CRASHED = 70  # exit status of one of several processes, after an error that is no UserError
+# How a process ends that a launcher started: after an error that is no UserError, and where it has
+# lost the others.
+CRASHED, LOST = 70, 71
+# What errors say that mean no more than that.
+LOSS = ("Connection closed", "Connection reset", "Connection was likely closed", "Broken pipe",
+        "Timed out waiting", "imeout")
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
@@ -24,51 +30,68 @@ def load_config(options: argparse.Namespace) -> RunConfig:
 
 def train(options: argparse.Namespace) -> int:
     """Train a recipe and print each record; Ctrl-C saves, and leaves the curves so far."""
-    stop_with_parent(os.getppid() if "WORLD_SIZE" in os.environ else None)
+    is_worker = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    stop_with_parent(os.getppid() if is_worker else None)
     if options.processes is not None:
         options.p.append(["processes", str(options.processes)])
-    config = load_config(options)
-    if (config.processes > 1 or options.restarts) and "WORLD_SIZE" not in os.environ:
+    try:
+        config = load_config(options)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first process of this machine says it
+        raise
+    if not is_worker and (config.processes > 1 or options.restarts):
         from lmlib.cli.launch import launch
         return launch(config, options)
-    from lmlib import distributed  # imports torch, which an invalid parameter should not wait for
+    return _work(config, options.params) if is_worker else _train(config, options.params)
+
+
+def _work(config: RunConfig, recipe: Path) -> int:
+    """Train as one of the processes that a launcher has started; rank 0 speaks for all."""
+    from lmlib import distributed
+    if not distributed.is_first():
+        warnings.simplefilter("ignore")
     try:
         with distributed.join():
-            _train(config, options.params)
-    except (UserError, KeyboardInterrupt) as stopped:
-        if distributed.is_first() or isinstance(stopped, distributed.Alone):
+            return _train(config, recipe)
+    except UserError as error:
+        if distributed.is_first() or isinstance(error, distributed.LocalError):
             raise
-        return 130 if isinstance(stopped, KeyboardInterrupt) else 1  # rank 0 says it, once
+        return 1
+    except KeyboardInterrupt as stopped:
+        if distributed.is_first():
+            show("\n" + printable(str(stopped)), stream="stderr")
+        # torchrun would start again whatever has another status.
+        return 0 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else 130
     except Exception as error:
-        if not distributed.is_launched():
-            raise
-        if not distributed.is_lost(error):  # else another process has ended, and says why
-            traceback.print_exc()
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOSS):
+            return LOST
+        traceback.print_exc()
         return CRASHED
-    return 0
 
 
-def _train(config: RunConfig, recipe: Path):
-    from lmlib import distributed, training
+def _train(config: RunConfig, recipe: Path) -> int:
+    from lmlib import distributed, training  # torch, which an invalid parameter does not wait for
     from lmlib.run.records import describe
     from lmlib.run.start import find_start, greeting
     start = distributed.agree(lambda: find_start(config))
     if distributed.is_first():
         show(greeting(start, recipe))
     if start.results:
-        return
+        return 0
     try:
         for record in training.train(config, start):
             if distributed.is_first():
                 show(describe(record, config.total_steps))
     except KeyboardInterrupt:
-        # Not yet while a new run tokenizes its corpus.
-        if config.run_dir.is_dir() and distributed.is_first():
-            _draw_curves(config.run_dir)
+        # Not yet while a new run tokenizes its corpus; the others would wait for it.
+        if config.run_dir.is_dir() and not distributed.is_launched():
+            draw_curves(config.run_dir)
         raise
+    return 0
 
 
-def _draw_curves(run_dir: Path):
+def draw_curves(run_dir: Path):
     """Draw the curves so far; an error is reported, since the run is saved."""
     try:
         from lmlib.analysis import figures

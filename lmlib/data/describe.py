@@ -56,7 +56,7 @@ def document_lengths(tokens: np.ndarray, end: int) -> Iterator[int]:
 
 def samples(store: TokenStore, count: int = 3, length: int = 60) -> list[str]:
     """Return the beginnings of training documents at equal distances in the stream."""
-    end, found = store.tokenizer.eos_token_id, []
+    end, found = store.tokenizer.eos_token_id, {}
     for place in range(0, len(store.train), max(1, len(store.train) // count + 1)):
         ends = np.flatnonzero(store.train[place : place + CHUNK] == end)
         begin = place + int(ends[0]) + 1 if place and len(ends) else place
@@ -64,5 +64,5 @@ def samples(store: TokenStore, count: int = 3, length: int = 60) -> list[str]:
         stops = np.flatnonzero(ids == end)
         ids = ids[: stops[0]] if len(stops) else ids
         if len(ids):
-            found.append(store.tokenizer.decode(ids.tolist()))
-    return found
+            found[begin] = store.tokenizer.decode(ids.tolist())
+    return list(found.values())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lmlib import distributed
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
 from lmlib.model.transformer import LanguageModel
@@ -24,9 +25,10 @@ def compile_loss(model: LanguageModel, config: RunConfig, ids: Tensor, targets: 
     device = next(model.parameters()).device
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return "not asked for"
-    is_whole = config.micro_batch_size in (None, config.batch_size)  # else gradients accumulate
+    share = config.batch_size // distributed.world_size()
+    rows = config.micro_batch_size or share
+    is_whole = rows == share  # else gradients accumulate
     mode = "reduce-overhead" if device.type == "cuda" and is_whole else "default"
-    rows = config.micro_batch_size or config.batch_size
     batch = ids[:rows].to(device), targets[:rows].to(device)
     eager = _gradient(model, *batch, dtype)
     try:

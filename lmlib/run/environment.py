@@ -67,11 +67,17 @@ def _processor() -> str:
         return platform.processor() or sys.platform
 
 
-def code_version(model: nn.Module) -> str:
-    """Hash the code of lmlib, and of every class that the model is made of."""
+def source_hash() -> str:
+    """Hash the source files of lmlib."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
+    return code.hexdigest()
+
+
+def code_version(model: nn.Module) -> str:
+    """Hash the code of lmlib, and of every class that the model is made of."""
+    code = hashlib.sha256(source_hash().encode())
     classes = {base for module in model.modules() for base in type(module).__mro__
                if not base.__module__.startswith(("torch.", "builtins"))}
     for cls in sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)):

@@ -57,7 +57,8 @@ def follow(start: Start) -> Iterator[Record]:
             process.wait()
             raise
         lines = log.read_text("utf-8", "replace").strip().splitlines()
-    said = next((line for line in lines[::-1] if "Error:" in line), "\n".join(lines[-5:]))
+    starts = [n for n, line in enumerate(lines) if line.startswith("Error: ")]
+    said = "\n".join(lines[starts[-1]:] if starts else lines[-5:])
     if process.returncode == 130:
         raise Stopped(lines[-1] if lines else "Stopped.")
     if process.returncode:

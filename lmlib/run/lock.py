@@ -20,6 +20,7 @@ from lmlib.files import read_mapping, utc_now
 BEAT = 5.0  # seconds between heartbeats
 STALE = 6 * BEAT  # age of the heartbeat of a process that has died, seen from another machine
 HELD = 75  # exit status of `lmlib notebook` where another process trains the run
+SESSION = "LMLIB_SESSION"  # in the environment: which `lmlib notebook` started this process
 PARENT = "LMLIB_PARENT"  # in the environment: the process with which this one is to stop
 
 
@@ -43,24 +44,28 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
         raise Held(f"{run_dir} is being written by process {_pid(path)}; stop that one first, "
                    "or choose another run_name.") from None
     with held:
-        path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         _wait_until_stale(run_dir)
+        path.with_suffix(".pid").write_text(f"{os.getpid()} on {platform.node()}")
         yield
 
 
 def _wait_until_stale(run_dir: Path):
-    """Wait until a heartbeat that another machine left is stale; a ValueError if it goes on."""
-    age, told = _beat_age(run_dir), False
-    while age is not None and age < STALE and not _beats_here(run_dir):
-        writer = _beating(run_dir)
-        if not told:
-            logging.getLogger(__name__).warning(
-                "%s was written by process %s %.0f seconds ago; waiting to see whether it still is "
-                "(%.0f seconds at most).", run_dir, writer, age, STALE - age)
-        told = True
+    """Watch a heartbeat that another machine left; a ValueError if it goes on.
+
+    Clocks of machines differ, so even one that looks old is watched for two beats.
+    """
+    age, writer = _beat_age(run_dir), _beating(run_dir)
+    if age is None or _beats_here(run_dir) or age > 3600:
+        return
+    wait = max(2 * BEAT, STALE - age)
+    logging.getLogger(__name__).warning(
+        "%s was written by process %s %.0f seconds ago; waiting for %.0f seconds to see whether it "
+        "still is.", run_dir, writer, age, wait)
+    until, before = time.monotonic() + wait, _beat_time(run_dir)
+    while time.monotonic() < until:
         time.sleep(0.2)
-        before, age = age, _beat_age(run_dir)
-        if age is not None and age < before:
+        _beating(run_dir)  # a network file system looks at the file again when it is opened
+        if _beat_time(run_dir) not in (before, None):
             raise Held(f"{run_dir} is being written by process {writer}; stop that one first, "
                        "or choose another run_name.")
 
@@ -109,7 +114,8 @@ def heartbeat(run_dir: Path) -> Iterator[None]:
     The file is removed at the end; a kill leaves it behind, and it grows old.
     """
     path, ended = run_dir / "heartbeat.json", threading.Event()
-    content = {"pid": os.getpid(), "machine": platform.node(), "started": utc_now()}
+    content = {"pid": os.getpid(), "machine": platform.node(), "started": utc_now(),
+               "session": os.environ.get(SESSION)}
 
     def beat():
         while not ended.is_set():
@@ -143,12 +149,17 @@ def run_status(run_dir: Path) -> str:
     return "stopped" if (run_dir / "metrics.jsonl").exists() else "empty"
 
 
-def _beat_age(run_dir: Path) -> float | None:
-    """Return the age of the run's heartbeat in seconds; None if it has none."""
+def _beat_time(run_dir: Path) -> float | None:
+    """Return the time of the run's heartbeat; None if it has none."""
     try:
-        return time.time() - (run_dir / "heartbeat.json").stat().st_mtime
+        return (run_dir / "heartbeat.json").stat().st_mtime
     except OSError:
         return None
+
+
+def _beat_age(run_dir: Path) -> float | None:
+    beat = _beat_time(run_dir)
+    return None if beat is None else time.time() - beat
 
 
 def _beats_here(run_dir: Path) -> bool:
@@ -204,11 +215,11 @@ def hangup_signals() -> tuple[signal.Signals, ...]:
 def stop_with_parent(parent: int | None = None):
     """Ask this process to stop, as SIGTERM does, once the process that started it has ended.
 
-    `parent` is that process's id, by default what PARENT in the environment says, if anything. Its
-    own children do not inherit this.
+    PARENT in the environment has that process's id, which its own children do not inherit; else it
+    is `parent`, if given.
     """
     given = os.environ.pop(PARENT, None)
-    parent = parent or (given and int(given))
+    parent = int(given) if given else parent
 
     def watch():
         while os.getppid() == parent:  # on Windows, always

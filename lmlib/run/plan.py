@@ -5,6 +5,7 @@ activations that a backward pass needs. What is assumed of machines stands in `M
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from lmlib import optim
 from lmlib.config import RunConfig
+from lmlib.errors import UserError
 from lmlib.model.loss import HeadLoss
 from lmlib.model.size import flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
@@ -76,7 +78,8 @@ def plan(config: RunConfig, machine: Machine | None = None, processes: int = 1) 
 
     Raises a UserError if the processes cannot share the batch, or if vocab_size is null.
     """
-    check_processes(config, processes)
+    if processes > 1:
+        check_processes(config, processes)
     machine = machine or this_machine()
     rows = min(config.micro_batch_size or config.batch_size, config.batch_size // processes)
     with torch.device("meta"):
@@ -102,13 +105,13 @@ def plan(config: RunConfig, machine: Machine | None = None, processes: int = 1) 
     newton_schulz = sum(_newton_schulz_flops(matrix) for stack in muon for matrix in stack)
     sent = (2 + 1) * weights * (1 - share) if processes > 1 else 0.0  # all-reduce, then broadcast
     speed = machine.flops * machine.utilization
+    rounds = config.batch_size * share / rows
     seconds = {
         "matrix products": products * share / speed,
         "Muon's products": newton_schulz * share / speed,
-        "other operations": TRAFFIC * activations * (config.batch_size * share / rows)
-        / machine.bandwidth,
+        "other operations": TRAFFIC * activations * rounds / machine.bandwidth,
         "update": UPDATE_TRAFFIC * weights / machine.bandwidth,
-        "starting kernels": KERNELS_PER_LAYER * config.num_hidden_layers * machine.launch,
+        "starting kernels": rounds * KERNELS_PER_LAYER * config.num_hidden_layers * machine.launch,
         "communication": sent / machine.link}
     return Plan(config, machine, processes, parameter_count(model), memory, peak,
                 products + newton_schulz, seconds, sent,
@@ -120,8 +123,9 @@ def largest_micro_batch(needs: Plan) -> int | None:
     rows, memory = needs.config.batch_size // needs.processes, needs.machine.memory
     while rows and memory:
         smaller = replace(needs.config, micro_batch_size=rows)
-        if plan(smaller, needs.machine, needs.processes).peak < 0.9 * memory:
-            return rows
+        with suppress(UserError):  # where the processes cannot share so many micro-batches
+            if plan(smaller, needs.machine, needs.processes).peak < 0.9 * memory:
+                return rows
         rows //= 2
     return None
 

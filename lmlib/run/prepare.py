@@ -95,24 +95,21 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     config = replace(start.config, vocab_size=store.vocab_size)
     if start.resumes:
         check_data(config.run_dir, start.source, store)
-    model = build_model(config, start.source).to(start.device)
-    optimizers = whole = optim.build_optimizers(model, config)
-    owners = optim.owners(model, whole, distributed.world_size())
-    if distributed.world_size() > 1:
-        owned = {parameter for parameter, owner in owners.items() if owner == distributed.rank()}
-        optimizers = optim.build_optimizers(model, config, owned)
-    if start.resumes or (start.source and config.init_state == "full"):
-        optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source), whole)
+    model, optimizers, whole, owners = distributed.agree(lambda: _build(start, config))
     text = store.evaluation_text("validation")
-    lineage = lineage_of(start.source, store, is_own=start.resumes)
-    # The audit of an earlier session holds for the same code.
-    code = code_version(model)
-    audit = read_mapping(config.run_dir / "environment.json").get("audit") if start.resumes else {}
-    is_old = not isinstance(audit, dict) or audit.get("code") != code
-    if is_old:
-        audit = distributed.agree(lambda: before_training(start, config, model, store, lineage),
-                                  only_first=True, patient=True) | {"code": code}
-    why_eager = compile_loss(model, config, *store.batch(start.step + 1), start.dtype)
+    lineage = distributed.agree(lambda: lineage_of(start.source, store, is_own=start.resumes))
+
+    def audit_unless_done() -> tuple[dict[str, Any], bool]:
+        # The audit of an earlier session holds for the same code.
+        done = read_mapping(config.run_dir / "environment.json").get("audit")
+        code = code_version(model)
+        if start.resumes and isinstance(done, dict) and done.get("code") == code:
+            return done, False
+        return {**before_training(start, config, model, store, lineage), "code": code}, True
+
+    audit, is_new = distributed.agree(audit_unless_done, only_first=True, patient=True)
+    why_eager = distributed.agree(lambda: compile_loss(
+        model, config, *store.batch(start.step + 1), start.dtype), patient=True)
     if why_eager and config.compile == "auto" and start.device.type == "cuda":
         warnings.warn(f"The model is not compiled, and slower than it could be: {why_eager}",
                       stacklevel=2)
@@ -121,7 +118,20 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     return Run(start, config, store, model, optimizers, whole, owners, text,
                token_bytes(store.tokenizer, config.vocab_size), lineage, progress,
                Throughput(model, start.dtype, progress.timing),
-               Updates(start.device, config.on_nonfinite == "stop"), audit, is_old, not why_eager)
+               Updates(start.device, config.on_nonfinite == "stop"), audit, is_new, not why_eager)
+
+
+def _build(start: Start, config: RunConfig) -> tuple:
+    """Return the model, its optimizers of this process and of all, and who owns each parameter."""
+    model = build_model(config, start.source).to(start.device)
+    optimizers = whole = optim.build_optimizers(model, config)
+    owners = optim.owners(model, whole, distributed.world_size())
+    if distributed.world_size() > 1:
+        owned = {parameter for parameter, owner in owners.items() if owner == distributed.rank()}
+        optimizers = optim.build_optimizers(model, config, owned)
+    if start.resumes or (start.source and config.init_state == "full"):
+        optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source), whole)
+    return model, optimizers, whole, owners
 
 
 def _progress(start: Start, config: RunConfig) -> Progress:

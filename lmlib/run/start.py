@@ -235,11 +235,11 @@ def _value(value: Any) -> str:
 def _processes(start: Start) -> list[str]:
     """Say what trains, if there are several processes or CUDA devices."""
     count = torch.cuda.device_count() if start.device.type == "cuda" else 0
-    processes = max(start.config.processes, distributed.world_size())
+    processes = distributed.world_size() if distributed.is_worker() else start.config.processes
     if start.results or (processes == 1 and count < 2):
         return []
     if processes == 1:
-        return [f"One of the {count} CUDA devices trains; set processes to {count} to use all."]
+        return [f"One of the {count} CUDA devices trains; see the parameter processes."]
     where = "each on a CUDA device of its own" if count else "all on the CPU"
     return [f"{processes} processes train, {where}."]
 

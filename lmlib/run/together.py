@@ -11,7 +11,7 @@ from lmlib.data.tokens import TokenStore
 from lmlib.data.verify import data_hash
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
-from lmlib.run.environment import git_commit
+from lmlib.run.environment import git_commit, source_hash
 from lmlib.run.start import Start, open_store
 
 
@@ -26,10 +26,11 @@ def open_together(start: Start) -> TokenStore:
     _check_folder(start.config)
     fixed = {name: value for name, value in start.config.to_dict().items() if name != "device"}
     distributed.check_equal({
-        **fixed, "checkpoint": start.step, "commit": git_commit(), "torch": torch.__version__,
+        **fixed, "checkpoint": start.step, "commit": git_commit(), "code": source_hash(),
+        "torch": torch.__version__,
         "device": start.device.type, "dtype": str(start.dtype), "threads": torch.get_num_threads()})
     distributed.agree(lambda: open_store(start).folder.name, only_first=True, patient=True)
-    store = distributed.agree(lambda: open_store(start))
+    store = distributed.agree(lambda: open_store(start), patient=True)  # each verifies its own
     distributed.check_equal({"data": data_hash(store.info)})
     return store
 
@@ -37,10 +38,12 @@ def open_together(start: Start) -> TokenStore:
 def check_processes(config: RunConfig, count: int):
     """Raise a UserError that says what to change if so many processes cannot train this run."""
     batch, micro = config.batch_size, config.micro_batch_size
+    if count > 1 and config.device.startswith("cuda:"):
+        raise UserError(f"device is {config.device}: several processes cannot share one GPU. Set "
+                        "device to cuda or auto.")
     if config.deterministic and micro is None:
         raise UserError("Several processes with deterministic: true need a micro_batch_size, which "
-                        f"decides the result: set it to {batch} / processes or less, as in "
-                        f"{max(1, batch // count)}.")
+                        f"decides the result: set it to {batch} / processes or less.")
     if config.deterministic and count & (count - 1):
         raise UserError(f"There are {count} processes; deterministic: true needs 1, 2, 4, 8 or "
                         "another power of two.")

@@ -46,7 +46,7 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
     """
     processes = max((config.processes for config in configs), default=1)
     shares = deque(_shares(jobs, processes))  # of the machine, not in use
-    waiting, running, held = deque(configs), {}, Held()
+    waiting, running, held = deque(configs), {}, HeldRuns()
     try:
         while waiting or running or held.configs:
             if not waiting:
@@ -78,7 +78,7 @@ def sweep(configs: list[RunConfig], jobs: int | None = None) -> Iterator[Outcome
             process.wait()
 
 
-class Held:
+class HeldRuns:
     """The runs of a sweep that other processes train, and when to look at them again."""
 
     def __init__(self):

@@ -73,6 +73,7 @@ def test_a_run_is_taken_once_the_heartbeat_of_another_machine_is_stale(tmp_path,
     run_dir.mkdir()
     beat.write_text('{"machine": "another", "pid": 7}')
     monkeypatch.setattr(lock, "STALE", 2.0)
+    monkeypatch.setattr(lock, "BEAT", 0.5)
     began = time.monotonic()
     with hold_lock(run_dir):
         assert time.monotonic() > began + 1
