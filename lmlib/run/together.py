@@ -42,8 +42,10 @@ def check_processes(config: RunConfig, count: int):
         raise UserError(f"device is {config.device}: several processes cannot share one GPU. Set "
                         "device to cuda or auto.")
     if config.deterministic and micro is None:
+        sizes = (n for n in range(batch // count, 0, -1) if -(-batch // n) % count == 0)
+        size = next((f", as in {n}" for n in sizes), "")
         raise UserError("Several processes with deterministic: true need a micro_batch_size, which "
-                        f"decides the result: set it to {batch} / processes or less.")
+                        f"decides the result: set it to {batch} / processes or less{size}.")
     if config.deterministic and count & (count - 1):
         raise UserError(f"There are {count} processes; deterministic: true needs 1, 2, 4, 8 or "
                         "another power of two.")
