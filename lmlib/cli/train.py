@@ -17,9 +17,9 @@ from lmlib.text import printable
 # How a process ends that a launcher started: after an error that is no UserError, and where it has
 # lost the others.
 CRASHED, LOST = 70, 71
-# What errors say that mean no more than that.
-LOSS = ("Connection closed", "Connection reset", "Connection was likely closed", "Broken pipe",
-        "Timed out waiting", "imeout")
+# What errors say that mean only the latter.
+SIGNS_OF_LOSS = ("Connection closed", "Connection reset", "Connection was likely closed",
+                 "Broken pipe", "Timed out waiting", "imeout")
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
@@ -64,7 +64,7 @@ def _work(config: RunConfig, recipe: Path) -> int:
         # torchrun would start again whatever has another status.
         return 0 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else 130
     except Exception as error:
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOSS):
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             return LOST
         traceback.print_exc()
         return CRASHED
