@@ -16,8 +16,6 @@ from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT
 from lmlib.run import gradients, together
 
-sys.modules["matplotlib"] = sys.modules["plotly"] = None  # the curves of each run take seconds
-
 EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
 EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
 
@@ -58,6 +56,7 @@ def differ(what: str, changes: dict) -> dict:
 
 
 def main() -> int:
+    sys.modules["matplotlib"] = sys.modules["plotly"] = None  # drawing takes seconds for each run
     refused = False
     with distributed.join():
         for changes in json.loads(sys.argv[1]):
