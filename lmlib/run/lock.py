@@ -50,7 +50,7 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
 
 
 def _wait_until_stale(run_dir: Path):
-    """Watch a heartbeat that another machine left; a ValueError if it goes on.
+    """Watch a heartbeat that another machine left; a ValueError if it keeps changing.
 
     Clocks of machines differ, so even one that looks old is watched for two beats.
     """
