@@ -19,6 +19,7 @@ from lmlib.config import RunConfig
 from lmlib.model.moe import update_router_bias
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.device import numerics, pick_device, pick_dtype, send
+from lmlib.run.gradients import clip_gradients
 from lmlib.run.updates import Updates
 
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
@@ -68,7 +69,7 @@ def count(config: RunConfig) -> dict[str, Counts]:
         loss = training.accumulate_gradients(
             model, ids, targets, len(ids), config.seed, step, dtype
         )
-        norm = training.clip_gradients(model, config.grad_clip)
+        norm = clip_gradients(model, config.grad_clip)
         step_optimizers(updates.add(step, loss, norm))
 
     with numerics(config, device), torch.autocast(device.type, dtype, dtype != torch.float32):
@@ -83,7 +84,7 @@ def count(config: RunConfig) -> dict[str, Counts]:
         with parts["backward"]:
             loss.backward()
         with parts["clip"]:
-            training.clip_gradients(model, config.grad_clip)
+            clip_gradients(model, config.grad_clip)
         with parts["optimizer"]:
             step_optimizers(torch.zeros((), device=device))
     counted = sum((part.kernels for part in parts.values()), Counter())

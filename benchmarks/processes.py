@@ -23,6 +23,7 @@ from lmlib import distributed, optim, training
 from lmlib.cli.launch import run_processes
 from lmlib.config import RunConfig
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.gradients import clip_gradients
 
 KINDS = ("plain DDP", "lmlib", "lmlib, deterministic")
 
@@ -65,7 +66,7 @@ class Step:
         self.ddp(x[part], y[part]).backward()
 
     def update(self):
-        training.clip_gradients(self.model, self.config.grad_clip)
+        clip_gradients(self.model, self.config.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
         distributed.broadcast_parameters(self.owners)

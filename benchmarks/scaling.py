@@ -37,6 +37,7 @@ from lmlib.data.verify import STREAMS, damage, write_info
 from lmlib.files import PROJECT_ROOT, read_json
 from lmlib.model.size import flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.gradients import clip_gradients
 from lmlib.run.start import find_start, open_store
 
 AXES = {
@@ -81,7 +82,7 @@ def measure_step(config: RunConfig, steps: int) -> dict:
         training.accumulate_gradients(
             model, ids[:, :-1], ids[:, 1:], len(ids), 0, step, torch.float32
         )
-        training.clip_gradients(model, 1.0)
+        clip_gradients(model, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         seconds.append(time.process_time() - began)

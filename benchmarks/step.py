@@ -28,6 +28,7 @@ from lmlib.model.size import parameter_count
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.compiled import compile_loss
 from lmlib.run.device import numerics, pick_device, pick_dtype
+from lmlib.run.gradients import clip_gradients
 from lmlib.run.updates import Updates
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "_grouped_mm")
@@ -84,7 +85,7 @@ def ours(config: RunConfig, device, dtype, batch) -> tuple[Callable[[], object],
         loss = training.accumulate_gradients(
             model, *batch, len(batch[0]), config.seed, number, dtype
         )
-        norm = training.clip_gradients(model, config.grad_clip)
+        norm = clip_gradients(model, config.grad_clip)
         for optimizer in optimizers:
             optimizer.found_inf = updates.add(number, loss, norm)
             optimizer.step()

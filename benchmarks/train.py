@@ -27,6 +27,7 @@ from lmlib import optim, training
 from lmlib.config import RunConfig
 from lmlib.model import huggingface
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.gradients import clip_gradients
 
 KINDS = ("sdpa", "eager", "lmlib", "lmlib, Muon")
 
@@ -58,7 +59,7 @@ def measure(config: RunConfig, kind: str, steps: int) -> dict:
             loss.backward()
         else:
             loss = training.accumulate_gradients(model, x, y, len(x), 0, step, torch.float32)
-        training.clip_gradients(model, config.grad_clip)
+        clip_gradients(model, config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
         if step:  # the first warms up

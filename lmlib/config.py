@@ -28,12 +28,13 @@ MLP_ONLY = ("intermediate_size",)
 # What may differ when a run resumes. A change of anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
               "max_hours", "score_test", "micro_batch_size", "device", "compile", "output_dir",
-              "run_name", "processes"}
+              "run_name", "processes", "sharding"}
 # Names of text and weights, which may lie elsewhere on another machine. Their content must match.
 PATHS = {"corpus", "validation_corpus", "tokenizer", "init_from"}
 # What a run of a version without these parameters did.
 ABSENT = {"test_fraction": 0.0, "score_test": False, "keep_checkpoints": None, "max_hours": None,
-          "decay_ratio": 0.0, "muon_momentum": 0.95, "compile": False, "processes": 1}
+          "decay_ratio": 0.0, "muon_momentum": 0.95, "compile": False, "processes": 1,
+          "sharding": "none"}
 
 
 @dataclass(frozen=True, init=False)
@@ -49,6 +50,7 @@ class RunConfig:
     seed: int = 0                     # every random choice is a function of (seed, step)
     device: str = "auto"              # "auto", "cpu", "cuda" or "cuda:1"
     processes: int = 1                # on this machine, one per GPU; see docs/scale.md
+    sharding: Literal["none", "full"] = "none"  # full: divide the model among the processes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile the loss; auto: on CUDA
     deterministic: bool = False       # deterministic algorithms only (CPU runs are exact anyway)
@@ -226,6 +228,8 @@ def _contradictions(c: RunConfig) -> list[str]:
     need(c.max_tokens is None or c.max_tokens > c.sequence_length,
          f"max_tokens {c.max_tokens} is less than one window of sequence_length "
          f"{c.sequence_length} and its last target")
+    need(c.compile is not True or c.sharding == "none",
+         "compile is true and sharding is full; a divided model cannot be compiled here")
     need(c.split == "documents" or c.validation_corpus is None,
          "split is windows, which divides one corpus; it cannot be used with a validation_corpus")
     need(c.init_step is None or c.init_from is not None, "init_step is given without init_from")

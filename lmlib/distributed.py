@@ -205,19 +205,24 @@ def _all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Te
 
 
 def _tree_sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum in the order ((0 + 1) + (2 + 3)) + ...: each rank sums a part, and all gather them."""
+    """Sum as `tree_reduce_scatter` does, and gather the parts."""
     buffer, ranks = bucket.buffer(), world_size()
     mine = nn.functional.pad(buffer, (0, -len(buffer) % ranks))
-    parts = torch.empty_like(mine)
-    dist.all_to_all_single(parts, mine)
-    parts = list(parts.view(ranks, -1))
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    gathered = list(mine.view(ranks, -1))
-    dist.all_gather(gathered, parts[0])
+    part = tree_reduce_scatter(mine)
+    dist.all_gather(list(mine.view(ranks, -1)), part)
     done = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
     done.set_result(mine[: len(buffer)])
     return done
+
+
+def tree_reduce_scatter(tensor: Tensor) -> Tensor:
+    """Sum over the ranks in the order ((0 + 1) + (2 + 3)) + ...; returns this rank's equal part."""
+    parts = torch.empty_like(tensor)
+    dist.all_to_all_single(parts, tensor)
+    parts = list(parts.view(world_size(), -1))
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def broadcast_parameters(owners: dict[Tensor, int]):

@@ -30,7 +30,7 @@ from lmlib.model.size import active_parameter_count, parameter_count
 from lmlib.run.deadline import Deadline
 from lmlib.run.device import numerics
 from lmlib.run.follow import follow
-from lmlib.run.gradients import accumulate_gradients, clip_gradients
+from lmlib.run.gradients import accumulate_gradients
 from lmlib.run.lock import heartbeat, hold_lock, stop_requests
 from lmlib.run.prepare import ARITHMETIC_VERSION, Run, prepare, record_start
 from lmlib.run.records import Record, measured_on, model_name
@@ -181,8 +181,8 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
     while True:
         try:
             loss = accumulate_gradients(
-                run.model, *run.store.batch(step), progress.micro_batch_size, run.config.seed, step,
-                run.start.dtype)
+                run.parallel.model, *run.store.batch(step), progress.micro_batch_size,
+                run.config.seed, step, run.start.dtype)
             break
         except torch.cuda.OutOfMemoryError:
             if distributed.world_size() > 1 or run.config.deterministic:
@@ -196,13 +196,13 @@ def apply_update(run: Run, step: int, lr_factor: float) -> Tensor:
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
             run.updates.out_of_memory.append((step, progress.micro_batch_size))
         torch.cuda.empty_cache()  # after the handler, whose traceback holds the tensors
-    norm = clip_gradients(run.model, run.config.grad_clip)
+    norm = run.parallel.clip_gradients(run.config.grad_clip)
     found_inf = run.updates.add(step, loss, norm)
     for optimizer in run.optimizers:
         optimizer.found_inf = found_inf
         optimizer.step()
-    distributed.broadcast_parameters(run.owners)
-    update_router_bias(run.model, found_inf)
+    run.parallel.send_parameters()
+    update_router_bias(run.parallel.model, found_inf)
     return loss
 
 
@@ -223,7 +223,7 @@ def read_updates(run: Run, lr_factor: float | None = None) -> Iterator[Record]:
         last, rate = updates[-1], lr_factor * run.config.learning_rate
         values = {"loss": last.loss, "learning_rate": rate, "grad_norm": last.grad_norm}
         if run.config.feed_forward == "moe":
-            values["expert_load"] = expert_load(run.model)
+            values["expert_load"] = expert_load(run.parallel.model)
         yield emit(run, "step", values, **run.throughput.since_last_log(run.progress.step))
 
 
@@ -257,14 +257,15 @@ def is_spike(loss: float, recent: list[float]) -> bool:
 def evaluate(run: Run) -> Iterator[Record]:
     """Score the validation windows and sample from the model."""
     progress = run.progress
-    scores = score(run, run.text)
-    progress.scores, progress.scored = scores.summary(), progress.step
-    if not math.isfinite(progress.scores["val_perplexity"]):
-        raise NonFinite(f"The validation loss of step {progress.step} is "
-                        f"{progress.scores['val_loss']}: the run has diverged.")
-    yield emit(run, "eval", {**progress.scores, **run.leak_mark})
-    if distributed.is_first():
-        yield emit(run, "sample", sample(run.model, run.store.tokenizer, run.text.windows))
+    with run.parallel.gathered():
+        scores = score(run, run.text)
+        progress.scores, progress.scored = scores.summary(), progress.step
+        if not math.isfinite(progress.scores["val_perplexity"]):
+            raise NonFinite(f"The validation loss of step {progress.step} is "
+                            f"{progress.scores['val_loss']}: the run has diverged.")
+        yield emit(run, "eval", {**progress.scores, **run.leak_mark})
+        if distributed.is_first():
+            yield emit(run, "sample", sample(run.model, run.store.tokenizer, run.text.windows))
     if progress.step == run.config.total_steps:
         yield emit(run, "profile", evaluation.scores_by_position(scores.losses, scores.correct))
 
@@ -284,7 +285,8 @@ def save(run: Run, scheduled: bool):
     """Save a checkpoint of the current step."""
     state = optim.state_tensors(run.model, run.optimizers)
     state = distributed.collect(state, optim.state_shapes(run.model, run.whole), run.owner_of_state)
-    distributed.agree(lambda: _save(run, state, scheduled), only_first=True)
+    with run.parallel.gathered():
+        distributed.agree(lambda: _save(run, state, scheduled), only_first=True)
 
 
 def _save(run: Run, optimizer_state: dict[str, Tensor], scheduled: bool):
@@ -305,7 +307,8 @@ def score_test(run: Run) -> dict[str, Any]:
     config = run.config
     if not (config.has_test and config.score_test):
         return {}
-    scores = score(run, run.store.evaluation_text("test")).summary("test")
+    with run.parallel.gathered():
+        scores = score(run, run.store.evaluation_text("test")).summary("test")
     files = (config.run_dir / "evaluations").glob("test_step_*.json")
     return {**scores, "test_steps": sorted(int(file.stem.split("_")[-1]) for file in files)}
 

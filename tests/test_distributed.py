@@ -23,10 +23,15 @@ VARIANTS = {
     "muon": {**EXACT, "grad_clip": 0.05},  # below every norm, so that clipping is active
     "moe": {**EXACT, "feed_forward": "moe"},
     "adamw": {**EXACT, "optimizer": "adamw", "micro_batch_size": 2, "learning_rate": 0.001},
+    # Rows that no number of processes divides; four have no piece of a stack of three experts.
+    "uneven": {**EXACT, "feed_forward": "moe", "num_experts": 3, "vocab_size": 509},
 }
+VARIANTS["uneven"] |= {"tie_word_embeddings": False, "hidden_size": 30, "attention_bias": True}
 # The variant in which a fault is planted, and the number of processes that can show it.
 FAULTS = {"all_reduce": ("muon", 4), "dropout": ("muon", 4), "router": ("moe", 4)}
 FAULTS["order"] = ("muon", 2)  # of the rounds, of which four processes have two
+FULL_FAULTS = ("pieces", "norm", "means")  # those of sharding: full
+FAULTS |= dict.fromkeys(FULL_FAULTS, ("muon", 2))
 
 
 def train_together(folder: Path, processes: int, runs: list[dict], status: int = 0) -> str:
@@ -46,11 +51,12 @@ def by_count(tmp_path_factory) -> dict[int, Path]:
     for count in (1, 2, 4):
         folders[count] = tmp_path_factory.mktemp(f"processes-{count}")
         runs = [{"run_name": name, **changes} for name, changes in VARIANTS.items()]
-        runs += [
-            {"run_name": f"planted-{fault}", "plant": fault, **VARIANTS[name]}
-            for fault, (name, shown_by) in FAULTS.items()
-            if shown_by == count
-        ]
+        full = {"output_dir": str(folders[count] / "full"), "sharding": "full"}
+        runs += [{**run, **full} for run in runs if count > 1]
+        for fault, (name, shown_by) in FAULTS.items():
+            if shown_by == count:
+                runs.append({"run_name": f"planted-{fault}", "plant": fault, **VARIANTS[name]})
+                runs[-1]["sharding"] = "full" if fault in FULL_FAULTS else "none"
         train_together(folders[count], count, runs)
     return folders
 
@@ -61,6 +67,16 @@ def test_one_two_and_four_processes_give_the_same_bits(by_count, name):
     one, two, four = (fingerprint(by_count[count] / name) for count in (1, 2, 4))
     assert len(one["tensors"]) == 4 and len(one["metrics"]) > 6
     assert one == two == four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_divided_model_gives_the_same_bits(by_count, name, count):
+    divided = by_count[count] / "full" / name
+    assert fingerprint(divided) == fingerprint(by_count[1] / name)
+    environment = json.loads((divided / "environment.json").read_text())
+    assert (environment["processes"], environment["sharding"]) == (count, "full")
 
 
 @pytest.mark.slow
@@ -99,11 +115,14 @@ def test_no_file_but_the_environment_tells_the_number_of_processes(by_count):
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_may_change_in_the_middle(by_count, tmp_path):
-    for count, leave_at in ((2, 2), (1, 4), (4, None)):
-        train_together(
-            tmp_path, count, [{"run_name": "muon", **VARIANTS["muon"], "leave_at": leave_at}]
-        )
+@pytest.mark.parametrize(
+    "sessions", [["2 none", "1 none", "4 none"], ["2 none", "4 full", "2 none"]], ids=str
+)
+def test_the_processes_and_their_sharding_may_change_in_the_middle(by_count, tmp_path, sessions):
+    for session, leave_at in zip(sessions, (2, 4, None), strict=True):
+        count, sharding = session.split()
+        changes = {"sharding": sharding, "leave_at": leave_at, **VARIANTS["muon"]}
+        train_together(tmp_path, int(count), [{"run_name": "muon", **changes}])
     changed, whole = fingerprint(tmp_path / "muon"), fingerprint(by_count[1] / "muon")
     assert changed["results"] == whole["results"]
     last = "checkpoints/checkpoint_step_6/"
@@ -116,15 +135,19 @@ def test_the_number_of_processes_may_change_in_the_middle(by_count, tmp_path):
 
 @pytest.mark.slow
 def test_without_deterministic_the_losses_are_close(tmp_path):
-    changes = {"run_name": "plain", "total_steps": 50, "batch_size": 4, "dropout": 0.0}
+    changes = {"total_steps": 50, "batch_size": 4, "dropout": 0.0}
     changes |= {"checkpoint_every": 50, "eval_every": 50}
-    losses = []
-    for count in (1, 2):
-        train_together(tmp_path / str(count), count, [changes])
-        lines = (tmp_path / str(count) / "plain" / "metrics.jsonl").read_text().splitlines()
+    kinds = {"one": (1, {}), "none": (2, {}), "full": (2, {"sharding": "full"})}
+    kinds["micro-batches"] = (2, {"sharding": "full", "micro_batch_size": 1})
+    losses = {}
+    for name, (count, others) in kinds.items():
+        train_together(tmp_path, count, [{"run_name": name, **changes, **others}])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         found = [json.loads(line) for line in lines]
-        losses.append([line["loss"] for line in found if line["kind"] == "step"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 50
+        losses[name] = [line["loss"] for line in found if line["kind"] == "step"]
+    assert len(losses["one"]) == 50
+    for name in kinds:
+        assert losses[name] == pytest.approx(losses["one"], abs=1e-5), name
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 STEPS = {**EXACT, "total_steps": 12, "checkpoint_every": 4, "eval_every": 4}
 INJECT = PROJECT_ROOT / "tests" / "support" / "inject"
 KILLS = {
-    "mid-step, rank 0": (0, "lmlib.training:clip_gradients", 7),
-    "mid-step, rank 1": (1, "lmlib.training:clip_gradients", 7),
+    "mid-step, rank 0": (0, "lmlib.run.parallel:clip_gradients", 7),
+    "mid-step, rank 1": (1, "lmlib.run.parallel:clip_gradients", 7),
     "mid-save, rank 0": (0, "lmlib.checkpoint:write_manifest", 4),  # weights are there, no state
     "mid-save, rank 1": (1, "lmlib.distributed:collect", 2),
     "mid-evaluation, rank 0": (0, "lmlib.evaluation:token_scores", 17),
@@ -95,7 +95,7 @@ def test_a_killed_process_is_started_again_and_no_bit_differs(tmp_path, undistur
 
 def test_a_process_that_hangs_is_given_up_after_the_limit(tmp_path, undisturbed):
     """SIGSTOP: the others wait for LMLIB_EXCHANGE_LIMIT, and the launcher kills it in the end."""
-    variables = fault(tmp_path, 1, "lmlib.training:clip_gradients", 7, do="SIGSTOP")
+    variables = fault(tmp_path, 1, "lmlib.run.parallel:clip_gradients", 7, do="SIGSTOP")
     variables |= {"LMLIB_EXCHANGE_LIMIT": "30", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     done = finish(launched(tmp_path, "run", "--restarts", "1"), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -109,7 +109,7 @@ def test_a_process_that_hangs_is_given_up_after_the_limit(tmp_path, undisturbed)
     [
         (0, "lmlib.checkpoint:write_manifest", 2),  # of which all learn
         (0, "lmlib.training:emit", 9),
-        (1, "lmlib.training:clip_gradients", 7),
+        (1, "lmlib.run.parallel:clip_gradients", 7),
     ],
 )
 def test_a_full_disk_is_said_once_and_not_started_again(

@@ -25,6 +25,8 @@ def compile_loss(model: LanguageModel, config: RunConfig, ids: Tensor, targets: 
     device = next(model.parameters()).device
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return "not asked for"
+    if config.sharding == "full":
+        return "it is divided among the processes"
     share = config.batch_size // distributed.world_size()
     rows = config.micro_batch_size or share
     is_whole = rows == share  # else gradients accumulate

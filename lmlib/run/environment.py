@@ -121,5 +121,6 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     pairs = [(key, before.get(key), after[key]) for key in ("device", "threads", "git_commit")]
     pairs.append(("compiled", before.get("compiled", False), after["compiled"]))
     pairs.append(("processes", before.get("processes", 1), after["processes"]))
+    pairs.append(("sharding", before.get("sharding", "none"), after["sharding"]))
     pairs += [(key, versions.get(key), now) for key, now in after["versions"].items()]
     return [f"{key} was {was}, is {now}" for key, was, now in pairs if was != now]

@@ -20,6 +20,7 @@ from lmlib.model.transformer import LanguageModel
 from lmlib.run.compiled import compile_loss
 from lmlib.run.environment import check_data, code_version, differences, environment
 from lmlib.run.lineage import Lineage, lineage_of
+from lmlib.run.parallel import Replicas, Shards, hollow_model
 from lmlib.run.preflight import before_training
 from lmlib.run.records import Metrics
 from lmlib.run.start import Start, build_model, disk_needed, open_store, weights_hash
@@ -51,7 +52,8 @@ class Run:
     start: Start
     config: RunConfig
     store: TokenStore
-    model: LanguageModel
+    model: LanguageModel  # whole; with sharding: full inside `parallel.gathered()` alone
+    parallel: Replicas | Shards  # its `model` computes losses and gradients
     optimizers: list[torch.optim.Optimizer]  # of the parameters that this process updates
     whole: list[torch.optim.Optimizer]  # of all parameters
     owners: dict[Tensor, int]  # which process updates each parameter
@@ -95,7 +97,10 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
     config = replace(start.config, vocab_size=store.vocab_size)
     if start.resumes:
         check_data(config.run_dir, start.source, store)
-    model, optimizers, whole, owners = distributed.agree(lambda: _build(start, config))
+    model, optimizers, whole, owners, initial = distributed.agree(lambda: _build(start, config))
+    is_whole = model is initial
+    parallel = Replicas(model, owners) if is_whole else Shards(model, owners, initial)
+    del initial
     text = store.evaluation_text("validation")
     lineage = distributed.agree(lambda: lineage_of(start.source, store, is_own=start.resumes))
 
@@ -107,23 +112,30 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
             return done, False
         return {**before_training(start, config, model, store, lineage), "code": code}, True
 
-    audit, is_new = distributed.agree(audit_unless_done, only_first=True, patient=True)
+    with parallel.gathered():
+        audit, is_new = distributed.agree(audit_unless_done, only_first=True, patient=True)
     why_eager = distributed.agree(lambda: compile_loss(
         model, config, *store.batch(start.step + 1), start.dtype), patient=True)
     if why_eager and config.compile == "auto" and start.device.type == "cuda":
         warnings.warn(f"The model is not compiled, and slower than it could be: {why_eager}",
                       stacklevel=2)
-    distributed.reduce_gradients(model, exact=config.deterministic)
+    parallel.sum_gradients(exact=config.deterministic)
     progress = _progress(start, config)
-    return Run(start, config, store, model, optimizers, whole, owners, text,
+    return Run(start, config, store, model, parallel, optimizers, whole, owners, text,
                token_bytes(store.tokenizer, config.vocab_size), lineage, progress,
                Throughput(model, start.dtype, progress.timing),
                Updates(start.device, config.on_nonfinite == "stop"), audit, is_new, not why_eager)
 
 
 def _build(start: Start, config: RunConfig) -> tuple:
-    """Return the model, its optimizers of this process and of all, and who owns each parameter."""
-    model = build_model(config, start.source).to(start.device)
+    """Return the model, its optimizers of this process and of all, who owns each parameter, and the
+    model with the initial weights: the same, or with sharding: full another, on rank 0's CPU.
+    """
+    is_sharded = config.sharding == "full" and distributed.world_size() > 1
+    initial = None
+    if distributed.is_first() or not is_sharded:
+        initial = build_model(config, start.source)
+    model = hollow_model(config, start.device) if is_sharded else initial.to(start.device)
     optimizers = whole = optim.build_optimizers(model, config)
     owners = optim.owners(model, whole, distributed.world_size())
     if distributed.world_size() > 1:
@@ -131,7 +143,7 @@ def _build(start: Start, config: RunConfig) -> tuple:
         optimizers = optim.build_optimizers(model, config, owned)
     if start.resumes or (start.source and config.init_state == "full"):
         optim.load_state_tensors(model, optimizers, checkpoint.read_optimizer(start.source), whole)
-    return model, optimizers, whole, owners
+    return model, optimizers, whole, owners, initial
 
 
 def _progress(start: Start, config: RunConfig) -> Progress:
@@ -171,10 +183,10 @@ def record_start(run: Run):
     needed = disk_needed(config, model, run.whole, run.progress.step)
     checkpoint.check_space(run_dir, needed)
     before = read_mapping(run_dir / "environment.json") if run.start.resumes else {}
-    current = {**environment(run.store, run.start.device), "compiled": run.is_compiled,
-               "processes": distributed.world_size()}
-    if config.deterministic:  # the number of processes changes no bit
-        before |= {"processes": current["processes"]} if before else {}
+    layout = {"processes": distributed.world_size(), "sharding": config.sharding}
+    current = {**environment(run.store, run.start.device), "compiled": run.is_compiled, **layout}
+    if config.deterministic:  # neither changes a bit
+        before |= layout if before else {}
     for difference in differences(before, current):
         warnings.warn(f"Resuming may not be bit-identical: {difference}.", stacklevel=2)
     parent = run.start.parent
@@ -193,7 +205,8 @@ def record_start(run: Run):
     run.metrics = Metrics(run_dir / "metrics.jsonl", run.progress.metrics_size)
     # Last: `follow` waits for it.
     write_json(run_dir / "config.json", {**config.to_dict(), **run.leak_mark})
-    run.saver = checkpoint.Saver(background=run.start.device.type == "cuda")
+    run.saver = checkpoint.Saver(background=run.start.device.type == "cuda"
+                                  and config.sharding == "none")
 
 
 def _remove_later_evaluations(run: Run):

@@ -195,7 +195,7 @@ def disk_needed(config: RunConfig, model: LanguageModel,
     if config.keep_checkpoints:
         count = min(count, config.keep_checkpoints + 2)  # the best, and one being written
     tokenizer = 1_000_000  # roughly
-    each = sum(tensor.nbytes for tensor in huggingface.model_tensors(model).values()) + tokenizer
+    each = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + tokenizer
     states = min(count, checkpoint.STATES_KEPT + 1)  # one is being written
     return count * each + states * optim.state_bytes(optimizers)
 

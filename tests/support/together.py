@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from lmlib import distributed, training
+from lmlib import distributed, optim, training
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT
-from lmlib.run import gradients, together
+from lmlib.optim import orthogonalize
+from lmlib.run import gradients, parallel, together
 
 EXACT = {"deterministic": True, "micro_batch_size": 1, "batch_size": 8, "total_steps": 6}
 EXACT |= {"eval_every": 3, "checkpoint_every": 3, "validation_windows": 5, "dropout": 0.1}
@@ -28,6 +29,9 @@ def plant(fault: str) -> Callable[[], None]:
         "dropout": (gradients, "dropout_seed", lambda *key: seed(*key[:2], distributed.rank())),
         "router": (distributed, "add_up", lambda t: t if t.dtype == torch.int64 else add_up(t)),
         "order": (gradients.PairwiseSum, "add", _add_in_turn),
+        "pieces": (optim, "orthogonalize", _orthogonalize_pieces),
+        "norm": (torch, "_foreach_norm", _norms_of_pieces),
+        "means": (parallel.Shards, "sum_gradients", lambda self, exact: None),
         "": (sys, "argv", sys.argv),
     }[fault]
     whole = getattr(where, name)
@@ -39,6 +43,17 @@ def _add_in_turn(self, tensors: list, addends: int = 1):
     self.partial.append((addends, tensors))
     if len(self.partial) == 2:
         self.partial = [(addends, self._join(self.partial.pop()[1]))]
+
+
+def _orthogonalize_pieces(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Do what Muon would do if each process updated its piece of a matrix."""
+    pieces = matrix.chunk(distributed.world_size(), dim=-2)
+    return torch.cat([orthogonalize(piece, dtype) for piece in pieces], dim=-2)
+
+
+def _norms_of_pieces(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    norms = ([part.norm() for part in t.chunk(distributed.world_size())] for t in tensors)
+    return [torch.stack(parts).norm() for parts in norms]
 
 
 def differ(what: str, changes: dict) -> dict:
