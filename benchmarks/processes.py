@@ -4,13 +4,17 @@
 
 One thread and one micro-batch per process. Plain DDP is torch's DistributedDataParallel with its own
 all-reduce, and the whole optimizer on every process. lmlib gives each tensor's optimizer to one
-process; with `deterministic` it sums the gradients in a fixed order. The kinds take turns, step by
-step, so that a busy machine slows all of them. Wall-clock medians of rank 0, in seconds: forward and
-backward with the reduction, the update with clipping and what is sent for it, and both. Goal: with
-`deterministic` at most 1.1 of plain DDP.
+process; with `deterministic` it sums the gradients in a fixed order; with `sharding: full` it
+divides the parameters (FSDP2). The kinds take turns, step by step, so that a busy machine slows all
+of them. Wall-clock medians of rank 0, in seconds: forward and backward with the reduction, the update
+with clipping and what is sent for it, and both. Goal: with `deterministic` at most 1.1 of plain DDP.
+
+The memory is measured in launches of their own, of three steps each: how far rank 0's peak rises above
+what it had before its model was built.
 """
 
 import argparse
+import resource
 import statistics
 import sys
 import time
@@ -24,8 +28,9 @@ from lmlib.cli.launch import run_processes
 from lmlib.config import RunConfig
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.gradients import clip_gradients
+from lmlib.run.parallel import Replicas, Shards, hollow_model
 
-KINDS = ("plain DDP", "lmlib", "lmlib, deterministic")
+KINDS = ("plain DDP", "lmlib", "lmlib, deterministic", "lmlib, sharding: full")
 
 
 class Loss(torch.nn.Module):
@@ -44,45 +49,72 @@ class Step:
 
     def __init__(self, config: RunConfig, kind: str):
         torch.manual_seed(0)
-        self.config, self.kind, self.owners = config, kind, {}
-        self.model = LanguageModel(config)
+        self.config, self.kind = config, kind
+        is_divided, initial = kind == KINDS[3], None
+        if distributed.is_first() or not is_divided:
+            initial = LanguageModel(config)
+        self.model = hollow_model(config, torch.device("cpu")) if is_divided else initial
         self.optimizers = optim.build_optimizers(self.model, config)
         if kind == "plain DDP":
             self.ddp = DistributedDataParallel(Loss(self.model))
             return
-        self.owners = optim.owners(self.model, self.optimizers, distributed.world_size())
-        owned = {p for p, owner in self.owners.items() if owner == distributed.rank()}
+        owners = optim.owners(self.model, self.optimizers, distributed.world_size())
+        owned = {p for p, owner in owners.items() if owner == distributed.rank()}
         self.optimizers = optim.build_optimizers(self.model, config, owned)
-        distributed.reduce_gradients(self.model, exact=kind == "lmlib, deterministic")
+        self.parallel = (
+            Shards(self.model, owners, initial) if is_divided else Replicas(self.model, owners)
+        )
+        self.parallel.sum_gradients(exact=kind == "lmlib, deterministic")
 
     def gradient(self, x: torch.Tensor, y: torch.Tensor, step: int):
         """Set the gradient of the batch (B, T), of which this process computes its part."""
         micro = len(x) // distributed.world_size()
         if self.kind != "plain DDP":
-            training.accumulate_gradients(self.model, x, y, micro, 0, step, torch.float32)
+            training.accumulate_gradients(self.parallel.model, x, y, micro, 0, step, torch.float32)
             return
         part = slice(distributed.rank() * micro, (distributed.rank() + 1) * micro)
         self.model.zero_grad(set_to_none=True)
         self.ddp(x[part], y[part]).backward()
 
     def update(self):
-        clip_gradients(self.model, self.config.grad_clip)
+        if self.kind == "plain DDP":
+            clip_gradients(self.model, self.config.grad_clip)
+        else:
+            self.parallel.clip_gradients(self.config.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        distributed.broadcast_parameters(self.owners)
+        if self.kind != "plain DDP":
+            self.parallel.send_parameters()
+
+
+def batch(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (config.batch_size, config.sequence_length + 1)
+    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def measure_memory(config: RunConfig, kind: str):
+    """Print the memory that three steps of one kind take on rank 0."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = Step(config, kind)
+    for number in range(3):
+        step.gradient(*batch(config), number)
+        step.update()
+    if distributed.is_first():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{kind:22}{(peak - before) / 1e6:10.3f} GB", flush=True)
 
 
 def measure(config: RunConfig, count: int):
     """Print the table; in each of the processes."""
     seconds, kinds = defaultdict(list), {kind: Step(config, kind) for kind in KINDS}
-    shape = (config.batch_size, config.sequence_length + 1)
-    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    x, y = batch(config)
     for step in range(count + 1):
         for kind, trained in kinds.items():
             torch.use_deterministic_algorithms(kind == "lmlib, deterministic")
             distributed.gather(None)  # all begin together
             began = time.perf_counter()
-            trained.gradient(ids[:, :-1], ids[:, 1:], step)
+            trained.gradient(x, y, step)
             middle = time.perf_counter()
             trained.update()
             ended = time.perf_counter()
@@ -105,14 +137,21 @@ def main() -> int:
     parser.add_argument("--recipe", default="params/quickstart.yaml")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--memory", metavar="KIND", help="measure the memory of one kind alone")
     options = parser.parse_args()
     if not distributed.is_launched():
         print(f"{options.recipe}: {options.processes} processes, gloo, one thread each", flush=True)
-        return run_processes(options.processes, sys.argv)
+        memory = [] if options.memory else [["--memory", kind] for kind in KINDS]
+        results = [run_processes(options.processes, [*sys.argv, *more]) for more in [[], *memory]]
+        return max(results)
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as in a run
+    config = RunConfig.load(options.recipe, dropout=0.0)
     with distributed.join():
-        measure(RunConfig.load(options.recipe, dropout=0.0), options.steps)
+        if options.memory:
+            measure_memory(config, options.memory)
+        else:
+            measure(config, options.steps)
     return 0
 
 

@@ -47,6 +47,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
         ({"decay_ratio": 1.5}, "at least 0 (a cosine) and at most 1"),
         ({"muon_momentum": 1.0}, "must be at least 0 and below 1"),
         ({"compile": "yes"}, "compile is 'yes'; write true or false"),
+        ({"compile": True, "sharding": "full"}, "a divided model cannot be compiled"),
+        ({"sharding": "some"}, "sharding is 'some'; choose from 'none', 'full'"),
         ({"validation_windows": 0}, "validation_windows is 0; it must be 1 or more"),
         ({"validation_fraction": 0.0}, "must lie between 0 and 1"),
         ({"micro_batch_size": 32, "batch_size": 16}, "larger than batch_size"),

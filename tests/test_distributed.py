@@ -232,3 +232,31 @@ def test_one_process_needs_no_group():
     assert distributed.first_reason("stop") == "stop"
     with pytest.raises(UserError, match="once"):
         distributed.agree(lambda: (_ for _ in ()).throw(UserError("once")))
+
+
+@pytest.mark.slow
+def test_the_recipe_of_1b_trains_at_tiny_size(tmp_path, text_file):
+    tiny = RunConfig.load(SMOKE).to_dict()
+    sizes = ("vocab_size", "sequence_length", "hidden_size", "num_hidden_layers", "tokenizer")
+    sizes += ("num_attention_heads", "intermediate_size", "q_lora_rank", "kv_lora_rank")
+    sizes += ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_tokens")
+    changes = {name: tiny[name] for name in sizes} | {"corpus": str(text_file)}
+    changes |= {"total_steps": 4, "batch_size": 8, "micro_batch_size": 2, "processes": 2}
+    changes |= {"validation_fraction": 0.2, "test_fraction": 0.2, "eval_every": 4}
+    recipe = PROJECT_ROOT / "params" / "exp9_1b.yaml"
+    config = RunConfig.load(recipe, output_dir=str(tmp_path), checkpoint_every=2, **changes)
+    records = list(lmlib.train(config))
+    assert records[-1].kind == "done" and checkpoint_steps(config.run_dir) == [2, 4]
+    assert json.loads((config.run_dir / "environment.json").read_text())["sharding"] == "full"
+    model, _ = lmlib.load(config.run_dir)
+    assert model.config.hidden_size == tiny["hidden_size"]
+    # Another run may start from it, without dividing anything.
+    start = {"init_from": str(config.run_dir), "init_state": "full", "run_name": "next"}
+    later = RunConfig.load(
+        recipe,
+        output_dir=str(tmp_path),
+        checkpoint_every=2,
+        **{**changes, **start, "processes": 1, "sharding": "none", "total_steps": 6},
+    )
+    assert [r.step for r in lmlib.train(later) if r.kind == "step"] == [6]
+    assert checkpoint_steps(later.run_dir) == [6]

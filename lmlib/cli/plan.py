@@ -28,7 +28,7 @@ def plan(options: argparse.Namespace):
     print(f"Assumed: {machine.utilization:.0%} of {machine.flops / 1e12:.3g} TFLOP/s in {kind}, "
           f"{machine.bandwidth / 1e9:,.0f} GB/s of memory,\n{machine.launch * 1e6:.0f} "
           "microseconds to start a kernel, which overlaps with the rest, and "
-          f"{machine.link / 1e9:,.0f} GB/s between\nprocesses, which does not.")
+          f"{machine.link_of(needs.processes) / 1e9:,.3g} GB/s between\nprocesses, which does not.")
 
 
 def _table(title: str, unit: str, values: dict[str, float], scale: float):

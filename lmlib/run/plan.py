@@ -31,20 +31,27 @@ class Machine:
     dtype: torch.dtype
     memory: float | None  # bytes
     bandwidth: float  # bytes/s of its memory
-    link: float  # bytes/s that a process sends and receives while all exchange
+    link: float  # bytes/s that a process sends and receives while those of a machine exchange
+    network: float  # the same between machines
     launch: float  # seconds to start a kernel
     runtime: float  # bytes of the libraries' code and buffers
     utilization: float  # of `flops` in the model's and Muon's matrix products
 
-# Datasheets: dense matrix products, memory, and the links between GPUs of one machine.
+    def link_of(self, processes: int) -> float:
+        """Return the bytes/s that each of so many processes sends and receives."""
+        return self.link if processes <= PER_MACHINE else self.network
+
+# Datasheets: dense matrix products, memory, and the links between GPUs of one machine. Between
+# machines: 400 Gbit/s for each H100, 200 for each A100, 10 for the others.
 # fmt: off
 MACHINES = {
-    "h100": Machine("h100", 989e12, torch.bfloat16, 80e9, 3.35e12, 300e9, 5e-6, 0.7e9, 0.50),
-    "a100": Machine("a100", 312e12, torch.bfloat16, 80e9, 2.04e12, 200e9, 5e-6, 0.7e9, 0.55),
-    "4090": Machine("4090", 165e12, torch.bfloat16, 24e9, 1.01e12, 20e9, 5e-6, 0.7e9, 0.55),
-    "t4": Machine("t4", 8.1e12, torch.float32, 16e9, 0.32e12, 10e9, 5e-6, 0.7e9, 0.60),
+    "h100": Machine("h100", 989e12, torch.bfloat16, 80e9, 3.35e12, 300e9, 50e9, 5e-6, 0.7e9, 0.50),
+    "a100": Machine("a100", 312e12, torch.bfloat16, 80e9, 2.04e12, 200e9, 25e9, 5e-6, 0.7e9, 0.55),
+    "4090": Machine("4090", 165e12, torch.bfloat16, 24e9, 1.01e12, 20e9, 1.2e9, 5e-6, 0.7e9, 0.55),
+    "t4": Machine("t4", 8.1e12, torch.float32, 16e9, 0.32e12, 10e9, 1.2e9, 5e-6, 0.7e9, 0.60),
 }
 # fmt: on
+PER_MACHINE = 8  # processes; more are on several machines
 # Of each saved activation this many times its bytes are read and written in forward and backward;
 # of each parameter as many in clipping and update.
 TRAFFIC, UPDATE_TRAFFIC = 12, 10
@@ -87,35 +94,65 @@ def plan(config: RunConfig, machine: Machine | None = None, processes: int = 1) 
     optimizers = optim.build_optimizers(model, config)
     muon = [stack for optimizer in optimizers if isinstance(optimizer, optim.Muon)
             for group in optimizer.param_groups for stack in optimizer.stacks(group["params"])]
-    weights = 4.0 * parameter_count(model)
+    count, share = parameter_count(model), 1 / processes
+    rounds = config.batch_size * share / rows
     activations = saved_bytes(config, rows, machine.dtype)
-    logits = min(HeadLoss.rows, rows * config.sequence_length) * config.vocab_size * 4
-    stack = max((sum(matrix.nbytes for matrix in matrices) for matrices in muon), default=0)
-    memory = {
-        "weights": weights, "gradients": weights * (2 if processes > 1 else 1),  # DDP's buckets
-        "optimizer": optim.state_bytes(optimizers) / processes, "activations": activations,
-        "loss over the vocabulary": 3.0 * logits, "Muon's stacks": 5.0 * stack,
-        "runtime": machine.runtime}
-    least = memory["weights"] + memory["optimizer"] + machine.runtime
-    # Gradients come as activations go. The head's come with the loss.
-    head = 4 * config.vocab_size * config.hidden_size
-    peak = least + max(activations + 3 * logits + head, memory["gradients"] + 5 * stack)
-    tokens, share = config.batch_size * config.sequence_length, 1 / processes
+    memory, peak = _memory(config, model, optimizers, muon, activations, rows, processes)
+    tokens = config.batch_size * config.sequence_length
     products = flops_per_token(model) * tokens
     newton_schulz = sum(_newton_schulz_flops(matrix) for stack in muon for matrix in stack)
-    sent = (2 + 1) * weights * (1 - share) if processes > 1 else 0.0  # all-reduce, then broadcast
+    sent = _sent(config, 4.0 * count, rounds, processes)
     speed = machine.flops * machine.utilization
-    rounds = config.batch_size * share / rows
+    updated = share if _is_divided(config, processes) else 1.0
     seconds = {
         "matrix products": products * share / speed,
         "Muon's products": newton_schulz * share / speed,
         "other operations": TRAFFIC * activations * rounds / machine.bandwidth,
-        "update": UPDATE_TRAFFIC * weights / machine.bandwidth,
+        "update": UPDATE_TRAFFIC * 4.0 * count * updated / machine.bandwidth,
         "starting kernels": rounds * KERNELS_PER_LAYER * config.num_hidden_layers * machine.launch,
-        "communication": sent / machine.link}
-    return Plan(config, machine, processes, parameter_count(model), memory, peak,
+        "communication": sent / machine.link_of(processes)}
+    return Plan(config, machine, processes, count,
+                {**memory, "runtime": machine.runtime}, peak + machine.runtime,
                 products + newton_schulz, seconds, sent,
                 disk_needed(config, model, optimizers, 0))
+
+
+def _is_divided(config: RunConfig, processes: int) -> bool:
+    return config.sharding == "full" and processes > 1
+
+
+def _memory(config: RunConfig, model: LanguageModel, optimizers: list[torch.optim.Optimizer],
+            muon: list[list[Tensor]], activations: float, rows: int, processes: int
+            ) -> tuple[dict[str, float], float]:
+    """Return the bytes of each process by what needs them, and at their peak."""
+    weights, share = 4.0 * parameter_count(model), 1 / processes
+    logits = min(HeadLoss.rows, rows * config.sequence_length) * config.vocab_size * 4
+    stack = max((sum(matrix.nbytes for matrix in matrices) for matrices in muon), default=0)
+    head = 4 * config.vocab_size * config.hidden_size
+    memory = {"weights": weights, "gradients": weights * (2 if processes > 1 else 1),  # DDP's
+              "optimizer": optim.state_bytes(optimizers) * share, "activations": activations,
+              "loss over the vocabulary": 3.0 * logits, "Muon's stacks": 5.0 * stack}
+    if _is_divided(config, processes):
+        # Pieces and owned parameters; two layers, and what is outside of layers, are whole while a
+        # batch is computed, with gradients.
+        layer = 4.0 * parameter_count(model.model.layers[0])
+        outside = weights - config.num_hidden_layers * layer
+        memory |= {"weights": 2 * weights * share, "gradients": weights * share,
+                   "whole layers": 2 * (2 * layer + outside),
+                   "whole model to evaluate": weights * (1 - share)}
+    least = memory["weights"] + memory["optimizer"]
+    # Gradients come as activations go. The head's come with the loss.
+    return memory, least + max(
+        activations + 3 * logits + memory.get("whole layers", head),
+        memory["gradients"] + max(5 * stack, memory.get("whole model to evaluate", 0)))
+
+
+def _sent(config: RunConfig, weights: float, rounds: float, processes: int) -> float:
+    """Count the bytes that a process sends in a step."""
+    others = 1 - 1 / processes
+    if _is_divided(config, processes):  # whole layers twice and gradients, then to owners and back
+        return (3 * rounds + 2 / processes) * weights * others
+    return (2 + 1) * weights * others  # all-reduce, then broadcast
 
 
 def largest_micro_batch(needs: Plan) -> int | None:
@@ -140,7 +177,7 @@ def this_machine() -> Machine:
         seconds.append(time.perf_counter() - began)
     flops = matmul_peak(torch.device("cpu"), torch.float32)
     return Machine("this CPU", flops, torch.float32, None, 2 * source.nbytes / min(seconds),
-                   1e9, 1e-5, 0.12e9, 0.85)
+                   1e9, 1e9, 1e-5, 0.12e9, 0.85)
 
 
 def saved_bytes(config: RunConfig, rows: int, dtype: torch.dtype) -> float:

@@ -241,7 +241,8 @@ def _processes(start: Start) -> list[str]:
     if processes == 1:
         return [f"One of the {count} CUDA devices trains; see the parameter processes."]
     where = "each on a CUDA device of its own" if count else "all on the CPU"
-    return [f"{processes} processes train, {where}."]
+    divided = "; they divide the model" if start.config.sharding == "full" else ""
+    return [f"{processes} processes train, {where}{divided}."]
 
 
 def _plan(start: Start) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_processes_share_the_work_and_the_state(smoke):
         plan(config, MACHINES["a100"], processes=3)
     with pytest.raises(UserError, match="vocab_size is null"):
         plan(smoke(tokenizer="some/folder", vocab_size=None), MACHINES["a100"])
+
+
+def test_a_divided_model_needs_less_of_each_process():
+    config = RunConfig.load(PROJECT_ROOT / "params" / "exp9_1b.yaml")
+    assert (config.processes, config.sharding) == (8, "full")
+    whole = plan(replace(config, sharding="none"), MACHINES["h100"], 8)
+    eight, many = (plan(config, MACHINES["h100"], count) for count in (8, 64))
+    weights = 4 * eight.parameters
+    assert eight.parameters == 1_324_500_992 and whole.memory["weights"] == weights
+    assert eight.memory["weights"] == weights / 4  # pieces, and owned parameters
+    assert many.memory["weights"] == weights / 32
+    assert eight.memory["whole model to evaluate"] == weights * 7 / 8
+    assert many.peak < eight.peak < whole.peak < 0.9 * 80e9
+    # Per micro-batch whole layers twice and the gradients, then to the owners and back.
+    rounds = config.batch_size // 8 // config.micro_batch_size
+    assert eight.sent == pytest.approx((3 * rounds + 2 / 8) * weights * 7 / 8)
+    assert many.seconds["communication"] == many.sent / MACHINES["h100"].network
 
 
 def test_the_command_says_what_fits_and_what_to_set(capsys):
