@@ -28,6 +28,7 @@ KILLS = {
     "mid-evaluation, rank 0": (0, "lmlib.evaluation:token_scores", 17),
     "preflight, rank 0": (0, "lmlib.evaluation:token_scores", 8),
     "mid-evaluation, rank 1": (1, "lmlib.evaluation:token_scores", 6),
+    "a divided model, rank 1": (1, "lmlib.run.parallel:_exchange", 200),  # in step 7
 }
 
 
@@ -82,7 +83,8 @@ def undisturbed(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("where", KILLS)
 def test_a_killed_process_is_started_again_and_no_bit_differs(tmp_path, undisturbed, where):
-    words = launched(tmp_path, "run", "--restarts", "1")
+    sharding = "full" if where.startswith("a divided model") else "none"
+    words = launched(tmp_path, "run", "--restarts", "1", sharding=sharding)
     done = finish(words, **fault(tmp_path, *KILLS[where], do="SIGKILL"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "happened").exists() and "Traceback" not in done.stderr
@@ -129,6 +131,7 @@ def test_a_full_disk_is_said_once_and_not_started_again(
 def test_a_request_to_stop_saves_one_step_and_is_not_started_again(tmp_path, undisturbed, whom):
     log = tmp_path / "log"
     changes = {"total_steps": 200, "checkpoint_every": 200, "eval_every": 200}
+    changes["sharding"] = "full" if whom == "rank 1" else "none"
     process = start(log, *launched(tmp_path, "run", "--restarts", "3", **changes))
     wait_for(process, log, "Step 3/200")
     if whom == "stop file":
