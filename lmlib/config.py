@@ -48,10 +48,10 @@ class RunConfig:
     run_name: str = "quickstart"      # the run's folder is output_dir/run_name
     output_dir: str = "outputs"       # a relative path starts at the project's root
     seed: int = 0                     # every random choice is a function of (seed, step)
-    device: str = "auto"              # "auto", "cpu", "cuda" or "cuda:1"
+    device: str = "auto"              # "auto", "cpu", "cuda", "cuda:1" or "mps"
     processes: int = 1                # on this machine, one per GPU; see docs/scale.md
     sharding: Literal["none", "full"] = "none"  # full: divide the model among the processes
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
     compile: bool | Literal["auto"] = "auto"  # torch.compile the loss; auto: on CUDA
     deterministic: bool = False       # deterministic algorithms only (CPU runs are exact anyway)
 
@@ -221,8 +221,8 @@ def _contradictions(c: RunConfig) -> list[str]:
          "no training text; their sum must be below 1")
     need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", c.run_name) is not None,
          f"run_name is {c.run_name!r}; it names a folder: use letters, digits, '.', '_' and '-'")
-    need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device) is not None,
-         f"device is {c.device!r}; choose from 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    need(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device) is not None,
+         f"device is {c.device!r}; choose from 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     need(c.micro_batch_size is None or c.micro_batch_size <= c.batch_size,
          f"micro_batch_size {c.micro_batch_size} is larger than batch_size {c.batch_size}")
     need(c.max_tokens is None or c.max_tokens > c.sequence_length,

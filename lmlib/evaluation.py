@@ -41,7 +41,7 @@ def score_windows(model: LanguageModel, windows: Tensor, batch_size: int,
     for chunk in windows.split(batch_size):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, hit = token_scores(model, chunk[:, :-1].to(device), chunk[:, 1:].to(device))
-        scores.append((loss.double().cpu(), hit.cpu()))
+        scores.append((loss.cpu().double(), hit.cpu()))
     model.train(was_training)
     losses, correct = zip(*scores, strict=True)
     return torch.cat(losses), torch.cat(correct)

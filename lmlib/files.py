@@ -72,12 +72,14 @@ def file_sha256(path: Path) -> str:
 
 def flush(path: Path):
     """Flush a file to disk."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path):
     """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -29,6 +29,11 @@ def schedule(step: int, total_steps: int, warmup_ratio: float, decay_ratio: floa
     return FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has units for bfloat16: CPUs and GPUs like the T4 are far slower in it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Return roughly the nearest semi-orthogonal matrix: (rows, columns), or (N, rows, columns)."""
     # Five quintic Newton-Schulz steps bring every singular value to between 0.7 and 1.2. The
@@ -78,8 +83,8 @@ class Muon(Optimizer):
         gradients, means = _stack([p.grad for p in parameters]), _stack(states)
         new_means = means.lerp(gradients, 1 - momentum)
         update = gradients.lerp_(new_means, momentum)
-        # bfloat16 is precise enough for Newton-Schulz, but slow on CPUs.
-        dtype = torch.bfloat16 if update.is_cuda else torch.float32
+        # bfloat16 is precise enough for Newton-Schulz.
+        dtype = torch.bfloat16 if has_bfloat16(update.device) else torch.float32
         update = orthogonalize(update, dtype).to(means.dtype)
         if skip is not None:
             new_means = torch.where(skip, means, new_means)

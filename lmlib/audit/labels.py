@@ -46,8 +46,8 @@ def _judge(inputs: Tensor, targets: Tensor, logits: Tensor, loss: float,
     for k in range(min(4, T)):  # the batch shifts labels by k, or the loss compares those at t + k
         same = (targets[:, : T - k] == inputs[:, k:]) | ignored[:, : T - k]
         matching += [k] if same.all() else []
-        expected[k] = float(cross_entropy(logits[:, : T - k].flatten(0, 1).double(),
-                                          targets[:, k:].flatten(), ignore_index=IGNORED))
+        expected[k] = float(cross_entropy(logits[:, : T - k].flatten(0, 1).cpu().double(),
+                                          targets[:, k:].flatten().cpu(), ignore_index=IGNORED))
     in_batch = min(matching, default=None)
     nearest = min(expected, key=lambda k: abs(expected[k] - loss))
     in_loss = nearest if abs(expected[nearest] - loss) <= 1e-4 * max(1, abs(loss)) else None

@@ -210,9 +210,9 @@ def fixed_rng(device: torch.device, seed: int):
 def spread(logits: Tensor) -> Tensor:
     """Return the logits' standard deviation, estimated by their median absolute deviation."""
     # std() would be that of the few tokens that some models rule out by a huge negative logit.
-    sample = logits.flatten()[:: max(1, logits.numel() // 100_000)].double()
+    sample = logits.flatten()[:: max(1, logits.numel() // 100_000)].cpu().double()
     robust = 1.4826 * (sample - sample.median()).abs().median()  # 1.4826: of a normal distribution
-    return robust if robust > 0 else logits.double().std().clamp(min=1e-30)
+    return robust if robust > 0 else logits.cpu().double().std().clamp(min=1e-30)
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lmlib.generation.graph import fixed_decode
 from lmlib.generation.settings import Settings
 from lmlib.model.attention import Cache
+from lmlib.model.loss import widest_float
 from lmlib.model.transformer import LanguageModel
 
 GRAPH_FROM = 64  # tokens: capturing a CUDA graph takes as long as decoding some dozens
@@ -92,7 +93,7 @@ def sample_token(logits: Tensor, u: float, temperature: float, top_k: int | None
     """Sample a token per row, (B, V) -> (B,): invert the sorted cumulative sum at `u` in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    scores = logits.double() / temperature
+    scores = logits.to(widest_float(logits.device)) / temperature
     kept = top_k or scores.shape[-1]
     if kept < scores.shape[-1]:  # tokens tied with the last one stay, as in transformers
         least = scores.topk(kept).values[:, -1:]

@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class HeadLoss(torch.autograd.Function):
     """F.cross_entropy(hidden @ weight.T, targets), computed in chunks of `rows` tokens."""
     # The forward pass turns each chunk's logits into gradients and drops them. Memory holds
@@ -37,7 +42,7 @@ class HeadLoss(torch.autograd.Function):
                     grad_weight += grad_logits.T @ hidden[rows].to(matrix.dtype)
         grad_hidden = torch.cat(grads).to(hidden.dtype) if need_grad else None
         ctx.save_for_backward(grad_hidden, grad_weight)
-        mean = -torch.cat(found).mean(dtype=torch.float64)
+        mean = -torch.cat(found).mean(dtype=widest_float(hidden.device))
         return mean.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod

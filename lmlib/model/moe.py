@@ -110,8 +110,8 @@ def update_router_bias(model: nn.Module, found_inf: Tensor | None = None):
     """
     speed = BIAS_UPDATE_SPEED * (1.0 if found_inf is None else 1.0 - found_inf)
     for router in routers(model):
-        load = router.load.double()
-        router.e_score_correction_bias += speed * torch.sign(load.mean() - load).float()
+        below_mean = torch.sign(router.load.sum() - len(router.load) * router.load)  # in integers
+        router.e_score_correction_bias += speed * below_mean.float()
 
 
 def expert_load(model: nn.Module) -> list[list[float]]:

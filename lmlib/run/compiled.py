@@ -1,4 +1,4 @@
-"""torch.compile for the loss and its gradient, used only where it computes what eager code does."""
+"""torch.compile and Apple's GPUs, used only where they compute what eager code and the CPU do."""
 
 import torch
 from torch import Tensor
@@ -55,7 +55,24 @@ def _gradient(model: LanguageModel, ids: Tensor, targets: Tensor, dtype: torch.d
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         loss = model.loss(ids, targets)
     loss.backward()
-    gradients = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
-    found = torch.cat([loss.detach().double()[None], *gradients])
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    found = [tensor.detach().cpu().double() for tensor in (loss[None], *gradients)]
     model.zero_grad(set_to_none=True)
-    return found.cpu()
+    return torch.cat(found)
+
+
+def check_device(model: LanguageModel, ids: Tensor, targets: Tensor):
+    """Raise a UserError if the model's logits or gradient (B, T) are not those of the CPU."""
+    on_cpu = LanguageModel(model.config)
+    on_cpu.load_state_dict(model.state_dict())
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = [m.eval()(ids.to(where)).cpu().flatten().double()
+                  for m, where in ((model, device), (on_cpu, "cpu"))]
+    gradients = [_gradient(m, ids.to(where), targets.to(where), torch.float32)
+                 for m, where in ((model, device), (on_cpu, "cpu"))]
+    for what, (found, right) in {"logits": logits, "gradient": gradients}.items():
+        difference = float((found - right).norm() / right.norm().clamp(min=1e-30))
+        if not difference <= TOLERANCE[torch.float32]:
+            raise UserError(f"The {what} on {device} differ by {difference:.1e} from those of the "
+                            "CPU, so nothing trained there could be trusted. Set device to cpu.")

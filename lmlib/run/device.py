@@ -10,6 +10,7 @@ from torch import Tensor
 from lmlib import distributed
 from lmlib.config import RunConfig
 from lmlib.errors import UserError
+from lmlib.optim import has_bfloat16
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,6 +20,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = distributed.local_device()
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device is mps, but torch finds no Apple GPU here: choose 'auto' or 'cpu'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA "
                         "devices here: choose 'auto' or 'cpu'.")
@@ -26,9 +29,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type for autocast; on CPUs without bfloat16 units bfloat16 is far slower."""
+    """Return the type for autocast; "auto": bfloat16 where the device has units for it."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return getattr(torch, name)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmlib import distributed
+from lmlib.model.loss import widest_float
 from lmlib.model.moe import reset_router_load, routers
 from lmlib.model.transformer import LanguageModel
 from lmlib.run.device import send
@@ -16,15 +17,15 @@ def accumulate_gradients(model: LanguageModel, ids: Tensor, targets: Tensor, mic
                          step: int, dtype: torch.dtype) -> Tensor:
     """Set the gradient of a batch's mean loss, `micro` windows at a time; returns the loss.
 
-    `ids` and `targets` are (batch_size, T), the loss () in float64 on the model's device. Where
-    torch's algorithms are deterministic, no bit depends on the number of processes.
+    `ids` and `targets` are (batch_size, T), the loss () in float64 (MPS: float32) on the model's
+    device. Where torch's algorithms are deterministic, no bit depends on the number of processes.
     """
     device, exact = next(model.parameters()).device, torch.are_deterministic_algorithms_enabled()
     model.train()
     model.zero_grad(set_to_none=True)
     reset_router_load(model)
     batches = list(zip(ids.split(micro), targets.split(micro), strict=True))
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    losses = torch.zeros(len(batches), dtype=widest_float(device), device=device)
     total, last = PairwiseSum(), len(batches) - distributed.world_size()
     for number, (x, y) in distributed.deal(batches):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -17,9 +17,6 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from lmlib import distributed
 from lmlib.config import RunConfig
@@ -112,7 +109,8 @@ class Shards:
         self._send_gradients()
         # Norms of whole tensors, in the order of the parameters: the bits of one process.
         owned = [p for p, owner in self.owners.items() if owner == distributed.rank()]
-        found = dict(zip(owned, torch._foreach_norm([p.grad for p in owned]), strict=True))
+        found = torch._foreach_norm([p.grad for p in owned]) if owned else ()
+        found = dict(zip(owned, found, strict=True))
         norms = torch.stack([found.get(p, p.new_zeros(())) for p in self.owners])
         total = torch.linalg.vector_norm(distributed.add_up(norms))
         torch.nn.utils.clip_grads_with_norm_(owned, limit or math.inf, total)
@@ -139,7 +137,9 @@ class Shards:
             mine = parameters[distributed.rank()]
             pieces = [self.empty if parameter is None else self.pieces[parameter].to_local()
                       for parameter in parameters]
-            sent = [self.empty] * len(pieces) if mine is None else _cut(mine)
+            sent = [self.empty] * len(pieces)
+            if mine is not None:
+                sent, mine.grad = _cut(mine), None  # the gradient is used up
             received = _exchange(sent, pieces)
             for piece, new in zip(pieces, received.split([p.numel() for p in pieces]), strict=True):
                 piece.copy_(new.view_as(piece))
@@ -158,8 +158,8 @@ class Shards:
                 parameter.untyped_storage().resize_(0)
 
 
-class _TreeReduceScatter(ReduceScatter):
-    """FSDP2's reduce-scatter, in the order of a binary tree over the processes."""
+class _TreeReduceScatter:
+    """What FSDP2 sums gradients by, in the order of a binary tree over the processes."""
     def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype,
                  device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -171,6 +171,8 @@ class _TreeReduceScatter(ReduceScatter):
 
 def _shard(whole: LanguageModel) -> LanguageModel:
     """Return a model of pieces, which have no values yet."""
+    from torch.distributed.device_mesh import init_device_mesh  # imports for a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     device, model = next(whole.parameters()).device, _on_meta(whole.config)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # on which FSDP2 puts the pieces

@@ -144,7 +144,7 @@ def _memory(config: RunConfig, model: LanguageModel, optimizers: list[torch.opti
     # Gradients come as activations go. The head's come with the loss.
     return memory, least + max(
         activations + 3 * logits + memory.get("whole layers", head),
-        memory["gradients"] + max(5 * stack, memory.get("whole model to evaluate", 0)))
+        memory["gradients"] + 5 * stack, memory.get("whole model to evaluate", 0))
 
 
 def _sent(config: RunConfig, weights: float, rounds: float, processes: int) -> float:

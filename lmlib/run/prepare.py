@@ -17,7 +17,7 @@ from lmlib.files import read_mapping, utc_now, write_json
 from lmlib.leaks import LEAKY
 from lmlib.model.size import active_parameter_count, flops_per_token, parameter_count
 from lmlib.model.transformer import LanguageModel
-from lmlib.run.compiled import compile_loss
+from lmlib.run.compiled import check_device, compile_loss
 from lmlib.run.environment import check_data, code_version, differences, environment
 from lmlib.run.lineage import Lineage, lineage_of
 from lmlib.run.parallel import Replicas, Shards, hollow_model
@@ -114,6 +114,8 @@ def prepare(start: Start, store: TokenStore | None = None) -> Run:
 
     with parallel.gathered():
         audit, is_new = distributed.agree(audit_unless_done, only_first=True, patient=True)
+    if start.device.type == "mps":
+        check_device(model, *(part[:2] for part in store.batch(start.step + 1)))
     why_eager = distributed.agree(lambda: compile_loss(
         model, config, *store.batch(start.step + 1), start.dtype), patient=True)
     if why_eager and config.compile == "auto" and start.device.type == "cuda":

@@ -38,9 +38,9 @@ def open_together(start: Start) -> TokenStore:
 def check_processes(config: RunConfig, count: int):
     """Raise a UserError that says what to change if so many processes cannot train this run."""
     batch, micro = config.batch_size, config.micro_batch_size
-    if count > 1 and config.device.startswith("cuda:"):
+    if count > 1 and config.device.startswith(("cuda:", "mps")):
         raise UserError(f"device is {config.device}: several processes cannot share one GPU. Set "
-                        "device to cuda or auto.")
+                        "device to cuda, cpu or auto.")
     if config.deterministic and micro is None:
         sizes = (n for n in range(batch // count, 0, -1) if -(-batch // n) % count == 0)
         size = next((f", as in {n}" for n in sizes), "")

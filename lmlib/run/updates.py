@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmlib.model.loss import widest_float
+
 
 @dataclass(frozen=True)
 class Update:
@@ -27,12 +29,13 @@ class Updates:
     """
     def __init__(self, device: torch.device, stays_blocked: bool):
         self.stays_blocked, self.steps, self.pairs = stays_blocked, [], []
+        self.dtype = widest_float(device)
         self.blocked = torch.zeros((), device=device)  # 1: the last update changed nothing
         self.out_of_memory: list[tuple[int, int]] = []  # (step, micro-batch size tried next)
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Keep the numbers of an update; returns 1.0 if it must change nothing, else 0.0: ()."""
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.blocked.device)
+        pair = torch.stack([torch.as_tensor(x, dtype=self.dtype, device=self.blocked.device)
                             for x in (loss, norm)])
         self.steps.append(step)
         self.pairs.append(pair)
