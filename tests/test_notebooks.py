@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -246,3 +247,35 @@ def test_committed_outputs_are_complete_and_name_no_machine(path):
     content = json.dumps([cell.outputs for cell in cells])
     assert '"output_type": "error"' not in content
     assert str(PROJECT_ROOT) not in content and "widget-view" not in content
+
+
+def test_on_colab_the_notebook_gets_lmlib_first(tmp_path):
+    """Executed where `google.colab` is imported and lmlib is not installed, against this commit."""
+    python, book = tmp_path / "venv" / "bin" / "python", tmp_path / "book.ipynb"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    [packages] = python.parents[1].glob("lib/*/site-packages")
+    # All packages of this environment, but those that are links, as lmlib is.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    cells = code_cells(PROJECT_ROOT / "notebooks" / "train.ipynb")
+    [setup] = [cell.source for cell in cells if "google.colab" in cell.source]
+    colab = """
+import sys, types
+colab = sys.modules["google.colab"] = types.ModuleType("google.colab")
+colab.output = types.SimpleNamespace(enable_custom_widget_manager=lambda: print("widgets"))
+"""
+    after = "from lmlib import files; print(files.PROJECT_ROOT)"
+    new = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "3"}}
+    )
+    new.cells = [nbformat.v4.new_code_cell(source) for source in (colab, setup, after)]
+    nbformat.write(new, book)
+    script = "import nbclient, nbformat, sys; book = nbformat.read(sys.argv[1], 4); "
+    script += "nbclient.execute(book); nbformat.write(book, sys.argv[1])"
+    variables = {**os.environ, "LMLIB_REPOSITORY": str(PROJECT_ROOT), "PYTHONPATH": ""}
+    subprocess.run([python, "-c", script, book], cwd=tmp_path, env=variables, check=True)
+    done = nbformat.read(book, 4)
+    assert "ERROR" not in texts(done) and "widgets" in texts(done), texts(done)
+    assert done.cells[-1].outputs[0].text.strip() == str(tmp_path / "lmlib")
+    installed = [python, "-c", "import lmlib; print(lmlib.__file__)"]  # in a new process too
+    said = subprocess.run(installed, cwd="/", env=variables, capture_output=True, text=True).stdout
+    assert said.strip() == str(tmp_path / "lmlib" / "lmlib" / "__init__.py")
