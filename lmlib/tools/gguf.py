@@ -38,8 +38,8 @@ def export(source: str | Path, file: Path, step: checkpoint.Step = None):
     model, tokenizer = checkpoint.load(folder)
     config, leaks = model.config, known_leaks(folder)
     if reasons := [*_unproven_model(config), *_unproven_tokenizer(config, tokenizer)]:
-        raise UserError(f"{source} cannot be exported: {'; '.join(reasons)}. llama.cpp is not "
-                        "known to give the same text as lmlib there.")
+        raise UserError(f"{source} cannot be exported: {'; '.join(reasons)}. llama.cpp was not "
+                        "shown to give lmlib's text for such models.")
     kind = gguf.MODEL_ARCH.DEEPSEEK2 if config.attention == "mla" else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     with atomic_write(file) as draft:
@@ -80,6 +80,8 @@ def _unproven_tokenizer(c: RunConfig, tokenizer: Any) -> Iterator[str]:
             or split.get("type") != "ByteLevel" or split["add_prefix_space"]
             or not split.get("use_regex", True)):
         yield "its tokenizer is not byte-level BPE as GPT-2's"
+    if {token["id"] for token in rules["added_tokens"]} - set(tokenizer.all_special_ids):
+        yield "its tokenizer has added tokens that are ordinary text"
     if tokenizer.num_special_tokens_to_add():
         yield "its tokenizer adds tokens to every text"
     if len(tokenizer) > c.vocab_size:
@@ -90,7 +92,8 @@ def _settings(c: RunConfig) -> dict[str, Any]:
     """Describe the model as llama.cpp expects it, by GGUFWriter's names."""
     heads, L, Dn, Dr = (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
                         c.qk_rope_head_dim)
-    shared = {"file_type": 0, "context_length": c.sequence_length, "vocab_size": c.vocab_size,
+    shared = {"file_type": 0,  # all float32
+              "context_length": c.sequence_length, "vocab_size": c.vocab_size,
               "embedding_length": c.hidden_size, "block_count": c.num_hidden_layers,
               "feed_forward_length": c.intermediate_size, "head_count": heads,
               "layer_norm_rms_eps": 1e-6, "rope_freq_base": c.rope_theta}
@@ -109,10 +112,9 @@ def _add_tokenizer(writer: Any, c: RunConfig, tokenizer: Any):
     """Write tokens, their kinds and merges; rows of the embedding without a token are unused."""
     from gguf import TokenType
     rules, unused = json.loads(tokenizer.backend_tokenizer.to_str()), c.vocab_size - len(tokenizer)
-    special, added = set(tokenizer.all_special_ids), {t["id"] for t in rules["added_tokens"]}
+    special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    kinds = [TokenType.CONTROL if i in special else
-             TokenType.USER_DEFINED if i in added else TokenType.NORMAL for i in range(len(tokens))]
+    kinds = [TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens, *(f"[UNUSED{i}]" for i in range(unused))])

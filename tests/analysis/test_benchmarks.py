@@ -1,6 +1,7 @@
 """The scores that lmlib benchmark keeps, as a frame and as a figure."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from lmlib.analysis import frames, render
 from lmlib.analysis.benchmarks import benchmark_curves, read_benchmarks
 from lmlib.intervals import student_t
+from lmlib.notebook.explorer import panels
 
 
 def write(run_dir: Path, step: int, *scores: dict):
@@ -46,6 +48,14 @@ def test_scores_are_drawn_by_step_with_intervals_and_chance(tmp_path):
         "<b>run_text</b>  bits_per_byte, chance 8",
     ]
     assert render.png(figure).startswith(b"\x89PNG")
+
+
+def test_curves_ipynb_shows_them(trained, tmp_path):
+    """Its charts beside the curves are the explorer's panels."""
+    run = shutil.copytree(trained.run_dir, tmp_path / "run")
+    assert "Benchmarks" not in panels(frames.read_runs(run))
+    write(run, 20, score(0.3))
+    assert len(panels(frames.read_runs(run))["Benchmarks"].data) == 2
 
 
 def test_damaged_files_are_left_out(tmp_path):

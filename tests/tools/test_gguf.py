@@ -108,6 +108,9 @@ def test_other_tokenizers_are_refused(tmp_path, text):
             "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
 
+    def add_words(bpe):
+        bpe.add_tokens(["HAMLET"])
+
     def words(bpe):
         return Tokenizer(models.WordLevel({"<|endoftext|>": 0, "to": 1}, "to"))
 
@@ -119,10 +122,10 @@ def test_other_tokenizers_are_refused(tmp_path, text):
             [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
 
-    for change in (add_token, words, normalize, split):
+    for change in (add_token, add_words, words, normalize, split):
         folder = write_model(tmp_path / change.__name__, text, wrap(change))
-        said = "adds tokens" if change is add_token else "not byte-level BPE as GPT-2's"
-        with pytest.raises(UserError, match=said):
+        said = {"add_token": "adds tokens", "add_words": "that are ordinary text"}
+        with pytest.raises(UserError, match=said.get(change.__name__, "as GPT-2's")):
             export(folder, tmp_path / "m.gguf")
 
 
