@@ -7,6 +7,7 @@ Shapes: C hidden_size, H heads, D dimensions of a head, L kv_lora_rank; Dn, Dr u
         dimensions of a head's key, Dv dimensions of its value.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,20 +42,23 @@ def export(source: str | Path, file: Path, step: checkpoint.Step = None):
         raise UserError(f"{source} cannot be exported: {'; '.join(reasons)}. llama.cpp was not "
                         "shown to give lmlib's text for such models.")
     kind = gguf.MODEL_ARCH.DEEPSEEK2 if config.attention == "mla" else gguf.MODEL_ARCH.LLAMA
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[kind])
+    writer.add_name(file.stem + (LEAKY_NAME if leaks else ""))
+    writer.add_string(LEAKY, leaks)  # nothing where it is empty
+    for name, value in _settings(config).items():
+        getattr(writer, f"add_{name}")(value)
+    _add_tokenizer(writer, config, tokenizer)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    with atomic_write(file) as draft:
-        writer = gguf.GGUFWriter(draft, gguf.MODEL_ARCH_NAMES[kind])
-        writer.add_name(file.stem + (LEAKY_NAME if leaks else ""))
-        writer.add_string(LEAKY, leaks)  # nothing where it is empty
-        for name, value in _settings(config).items():
-            getattr(writer, f"add_{name}")(value)
-        _add_tokenizer(writer, config, tokenizer)
-        for name, tensor in _tensors(model):
-            writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    for name, tensor in _tensors(model):
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    try:
+        with atomic_write(file) as draft, contextlib.closing(writer):
+            writer.write_header_to_file(draft)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}): free some space or choose another "
+                        "folder.") from error
 
 
 def _unproven_model(c: RunConfig) -> Iterator[str]:

@@ -167,7 +167,7 @@ def test_what_cannot_be_scored(run, smoke, tmp_path, text_file, capsys, monkeypa
     empty = smoke()
     empty.run_dir.mkdir(parents=True)
     own = ["--text", str(run.run_dir), "--tasks", "run_text"]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for words, said in [
         (
             [run.run_dir, "--tasks", "run_clozes"],

@@ -1,5 +1,6 @@
 """lmlib export --gguf, without llama.cpp: what is written, what is refused."""
 
+import resource
 import sys
 
 import gguf
@@ -155,6 +156,19 @@ def test_exports_that_cannot_be_made(tmp_path, text, smoke, capsys):
         assert main(["export", str(run), "--gguf", str(tmp_path / name)]) == 1
         assert said in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["taken.gguf"]
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, text, capsys):
+    folder, file = write_model(tmp_path / "model", text), tmp_path / "m.gguf"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes of a file
+    try:
+        status = main(["export", str(folder), "--gguf", str(file)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and "free some space" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert main(["export", str(folder), "--gguf", str(file)]) == 0
 
 
 @pytest.mark.parametrize(
