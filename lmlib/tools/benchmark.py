@@ -43,7 +43,8 @@ METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte")
 
 def benchmark(source: str | Path, steps: Iterable[checkpoint.Step], tasks: list[str] | None = None,
               text: str | Path | None = None) -> Iterator[tuple[int | None, list[dict[str, Any]]]]:
-    """Yield each step and its scores; those of a run are kept in benchmarks/step_<step>.json.
+    """Yield each step and its scores; those of a run are kept in benchmarks/step_<step>.json,
+    unless they are of another run's text.
 
     Args:
         source: a run, a checkpoint or a Hugging Face folder of any causal class (step None).
@@ -65,7 +66,7 @@ def benchmark(source: str | Path, steps: Iterable[checkpoint.Step], tasks: list[
         found = _evaluate(folder, [own.get(name, name) for name in tasks], manager)
         scores = [score for task, samples in found.items() for score in summarize(task, samples)]
         step, leaks = read_mapping(folder / "checkpoint.json").get("step"), known_leaks(folder)
-        if (run_dir / "checkpoints").is_dir():
+        if text is None and (run_dir / "checkpoints").is_dir():
             file = run_dir / "benchmarks" / f"step_{step}.json"
             others = [score for score in read_mapping(file).get("scores", [])
                       if score["task"] not in found]  # of an earlier call
@@ -83,9 +84,9 @@ def own_tasks(run_dir: str | Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{run_dir} is a model without text of its own: name tasks of lm-eval, or "
                         "give a run's test documents by --text RUN.")
     folder, config = checkpoint.find_checkpoint(run_dir), config_in(run_dir)
-    if not config.has_test:
-        raise UserError(f"{run_dir} has no test documents (test_fraction is 0, or its windows "
-                        "overlap): name tasks of lm-eval instead.")
+    if not (config.has_test and config.score_test):
+        raise UserError(f"{run_dir} has no test score (test_fraction is 0, score_test is false, or "
+                        "its windows overlap): name tasks of lm-eval instead.")
     store = prepare(config, tokenizer=str(folder))
     check_data(run_dir, folder, store)
     return {name: {"task": name, "test_split": "test", "target_delimiter": "", **OWN_TASKS[name],

@@ -164,7 +164,8 @@ def test_what_cannot_be_scored(run, smoke, tmp_path, text_file, capsys, monkeypa
     text = text_file.read_text()
     maskless = write_model(tmp_path / "maskless", text, causal_mask=False)
     mixed = write_model(tmp_path / "mixed", text, vocab_size=299)
-    empty = smoke()
+    empty, untested = smoke(), smoke(score_test=False, total_steps=5)
+    list(lmlib.train(untested))
     empty.run_dir.mkdir(parents=True)
     own = ["--text", str(run.run_dir), "--tasks", "run_text"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -176,6 +177,7 @@ def test_what_cannot_be_scored(run, smoke, tmp_path, text_file, capsys, monkeypa
         ([run.run_dir, "--steps", "30"], "no checkpoint of step 30"),
         ([empty.run_dir], "neither a run with checkpoints"),
         ([empty.run_dir, "--steps", "all"], "has no checkpoints"),
+        ([untested.run_dir], "has no test score"),
         ([maskless, *own], "lm-eval would score another model"),
         ([mixed, *own], "has 300 tokens, and its model rows for 299"),
         ([run.run_dir, "--tasks", "lambada_openai"], "is there a network?"),
