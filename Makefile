@@ -1,22 +1,27 @@
-# make train | test | lab | app | bench. The first sets up .venv with what training needs; `make
-# test` adds the tests' packages. After that setting up is instant.
+# make train | test | ecosystem | lab | app | bench. The first sets up .venv with what training
+# needs; `make test` adds the tests' packages. After that setting up is instant.
 PYTHON ?= python3
 PARAMS ?= params/quickstart.yaml
 ARGS ?=
 VENV := .venv
+ECOSYSTEM := .venv-ecosystem
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-slow lab app bench survival lint notebooks clean
+.PHONY: train test test-slow ecosystem lab app bench survival lint notebooks clean
 
 train: $(VENV)/ready
 	$(RUN) -m lmlib notebook $(PARAMS) $(ARGS)
 
 test: $(VENV)/ready-dev lint
-	$(RUN) -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -q -m "not slow and not ecosystem" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/ready-dev
-	$(RUN) -m pytest -q -m slow $(ARGS)
+	$(RUN) -m pytest -q -m "slow and not ecosystem" $(ARGS)
+
+# lm-eval, transformers serve and llama.cpp on our checkpoints (docs/ecosystem.md).
+ecosystem: $(ECOSYSTEM)/ready
+	$(ECOSYSTEM)/bin/python -m pytest -q -m ecosystem $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
@@ -54,5 +59,17 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+# It sees the packages of .venv by a .pth file, and holds only what these tools add. llama.cpp comes
+# as the binary for Linux on x86-64 and needs node 20; without it its tests are skipped.
+$(ECOSYSTEM)/ready: $(VENV)/ready-dev requirements-ecosystem.txt
+	$(RUN) -m venv --clear $(ECOSYSTEM)
+	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > \
+		$$($(ECOSYSTEM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-ecosystem.txt -c requirements-dev.txt
+	-npm install --prefix $(ECOSYSTEM) --omit=optional --ignore-scripts --no-audit --no-fund \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ECOSYSTEM)

@@ -10,7 +10,7 @@ _HOMES = {  # public name: its home
     "generate": "generation.text", "stream": "generation.text",
 }
 _ROOMS = ("analysis", "audit", "checkpoint", "config", "data", "evaluation", "generation", "model",
-          "notebook", "optim", "run", "sweep", "training")
+          "notebook", "optim", "run", "sweep", "tools", "training")
 
 __all__ = sorted(_HOMES)
 

@@ -12,7 +12,7 @@ GROUND = ("errors", "files", "text", "leaks", "parameters", "intervals")
 # Each room may import from those before it and from its own line.
 LAYERS = [
     GROUND, ("config", "audit"), ("distributed",), ("data", "model", "optim", "evaluation"),
-    ("checkpoint", "generation"), ("run",), ("training",), ("analysis", "sweep"), ("notebook",),
+    ("checkpoint", "generation"), ("run",), ("training",), ("analysis", "sweep", "tools"), ("notebook",),
     ("cli",), ("__init__", "__main__"),
 ]  # fmt: skip
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

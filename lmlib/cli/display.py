@@ -4,7 +4,11 @@ import contextlib
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TextIO
+
+from lmlib.leaks import known_leaks
+from lmlib.text import printable
 
 # A closed pipe, a full disk, a terminal that is gone; a character that the encoding lacks.
 PRINT_ERRORS = (OSError, ValueError)
@@ -41,6 +45,13 @@ def highlight(text: str, stream: str = "stdout") -> str:
         return paint(line, found, stream) if found else line
 
     return "\n".join(map(color, text.split("\n")))
+
+
+def warn_of_leaks(folder: Path):
+    """Say on stderr if the model in a run or checkpoint folder is known to leak."""
+    if leaks := known_leaks(folder):
+        show(f"This model LEAKS ({printable(leaks)}): its scores and texts are not those of a "
+             "language model.", stream="stderr")
 
 
 def silence(stream: TextIO):

@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from lmlib import checkpoint
 from lmlib.cli import look
-from lmlib.cli.display import paint
+from lmlib.cli.display import paint, warn_of_leaks
 from lmlib.cli.parser import parse_step
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
 from lmlib.generation import text as generation
 from lmlib.generation.settings import Settings, format_setting, parse_setting
-from lmlib.leaks import known_leaks
 from lmlib.model.size import parameter_count
 from lmlib.parameters import did_you_mean, existing_folder, unknown_name
 from lmlib.text import printable
@@ -58,9 +57,7 @@ def generate(options: argparse.Namespace):
                         "or --prompts-file FILE (or -)")
     folder = existing_folder(options.run)
     session = Session(options.run, *checkpoint.load(folder, options.step), settings)
-    if leaks := known_leaks(folder):
-        print(f"This model LEAKS ({printable(leaks)}): its scores and texts are not those of a "
-              "language model.", file=sys.stderr)
+    warn_of_leaks(folder)
     if is_batch:
         _batch(session, options, prompts)
     else:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from lmlib.cli.display import accept_every_character, show, silence
@@ -13,9 +14,10 @@ from lmlib.generation.settings import Settings, format_setting, parse_setting
 from lmlib.parameters import find_recipe, unknown_name
 from lmlib.text import printable
 
-# Packages of the extra `notebook`, by the names under which they are imported.
-NOTEBOOK_PACKAGES = {"IPython", "anywidget", "datasets", "ipywidgets", "matplotlib", "nbclient",
-                     "nbformat", "pandas", "papermill", "plotly", "traitlets"}
+# Packages of the extras, by the names under which they are imported.
+EXTRAS = {"notebook": {"IPython", "anywidget", "datasets", "ipywidgets", "matplotlib", "nbclient",
+                       "nbformat", "pandas", "papermill", "plotly", "traitlets"},
+          "eval": {"accelerate", "lm_eval"}, "export": {"gguf"}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def missing_packages(what: str, error: ModuleNotFoundError) -> str:
-    """Say what to install for `what`; raise the error again if the extra does not cover it."""
-    if (error.name or "").partition(".")[0] not in NOTEBOOK_PACKAGES:
+    """Say what to install for `what`; raise the error again if no extra covers it."""
+    missing = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
+    if extra is None:
         raise error
-    return f"{what} needs the notebook packages: pip install -e '.[notebook]'."
+    return f"{what} needs the {extra} packages: pip install -e '.[{extra}]'."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,6 +100,17 @@ def parser() -> argparse.ArgumentParser:
     argument("source", help="a run, a checkpoint, a Hugging Face folder or id")
     argument("--step", type=parse_step, help="step of the checkpoint, or best (newest)")
     argument("--page", metavar="FILE.html", help="verdicts and figures (of a run: in its folder)")
+    argument = add("benchmark", "tools:benchmark", "score checkpoints by lm-eval")
+    argument("run", help="a run, a checkpoint, or a Hugging Face folder")
+    argument("--steps", nargs="+", type=parse_steps, default=[None], metavar="STEP",
+             help="steps of checkpoints, best, or all (newest)")
+    argument("--tasks", nargs="+", metavar="TASK", help="run_text, run_cloze, run_choice, cut from "
+             "the run's test documents (these three), or tasks of lm-eval")
+    argument("--text", metavar="RUN", help="cut tasks from that run's test documents")
+    argument = add("export", "tools:export", "write a model in another format")
+    argument("run", help="a run, a checkpoint, or a Hugging Face folder")
+    argument("--step", type=parse_step, help="step of the checkpoint, or best (newest)")
+    argument("--gguf", metavar="FILE", required=True, type=Path, help="for llama.cpp")
     add("checkpoints", "look:checkpoints", "list a run's checkpoints")("run")
     add("runs", "look:runs", "list the runs")("output_dir", nargs="?", default="outputs")
     add("stop", "look:stop", "ask a run to save and stop, from anywhere")("run")
@@ -112,6 +127,11 @@ def parse_step(text: str) -> int | Literal["best"]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a step; write one, as in 500, or best "
                                          "(the lowest validation loss)")
     return text if text == "best" else int(text)
+
+
+def parse_steps(text: str) -> int | Literal["best", "all"]:
+    """Parse one of several steps, or all."""
+    return text if text == "all" else parse_step(text)
 
 
 def _add_recipe(argument: Callable):

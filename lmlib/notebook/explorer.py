@@ -12,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lmlib.analysis import figures, frames, render
+from lmlib.analysis.benchmarks import benchmark_curves
 from lmlib.files import resolve_path
 from lmlib.notebook import picker, token_html
 from lmlib.notebook.chart import Chart
@@ -51,7 +52,8 @@ def panels(frame: pd.DataFrame) -> dict[str, go.Figure]:
         return {}
     views = {"By position": figures.loss_by_position(frame),
              "Cost": figures.cost(frames.results_table(frame)),
-             "Experts": figures.expert_load(frame)}
+             "Experts": figures.expert_load(frame),
+             "Benchmarks": benchmark_curves(frame)}
     if frame["run"].nunique() < 2:
         del views["Cost"]
     return {name: figure for name, figure in views.items()

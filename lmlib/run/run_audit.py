@@ -60,7 +60,7 @@ def audit(source: str | Path, step: int | None = None) -> Audit:
         return Audit(model_checks(_from_hub(str(path), None)))
     if not is_run:
         return Audit(model_checks(model))
-    config = _config_in(folder)
+    config = config_in(folder)
     checks = model_checks(model, min(512, max(2, config.sequence_length)))
     try:
         store = prepare(replace(config, score_test=False), tokenizer=str(path))
@@ -92,7 +92,7 @@ def _from_hub(name: str, step: int | None) -> nn.Module:
                         "`lmlib runs` lists the runs.") from error
 
 
-def _config_in(folder: Path) -> RunConfig:
+def config_in(folder: Path) -> RunConfig:
     """Return the configuration of a run, which may have been moved."""
     folder = folder.absolute()
     return RunConfig.load(folder / "config.json", output_dir=str(folder.parent),
@@ -194,7 +194,7 @@ def scores_elsewhere(run_dir: str | Path, other: str | Path) -> list[dict[str, A
     equal distances over all documents. Raises a ValueError if a run or its text is not here.
     """
     folder, elsewhere = resolve_path(run_dir), resolve_path(other)
-    config, rows = replace(_config_in(elsewhere), score_test=False), []
+    config, rows = replace(config_in(elsewhere), score_test=False), []
     store = prepare(config, tokenizer=str(checkpoint.find_checkpoint(elsewhere)))
     texts, units = list(store.texts("validation")), store.evaluation_text("validation").units
     for step in checkpoint.checkpoint_steps(folder):

@@ -16,7 +16,7 @@ import nbformat
 import pexpect
 import pytest
 
-from lmlib.cli.parser import NOTEBOOK_PACKAGES, missing_packages, parser
+from lmlib.cli.parser import EXTRAS, missing_packages, parser
 from lmlib.files import PROJECT_ROOT
 from lmlib.generation.settings import Settings, format_setting, parse_setting
 
@@ -191,7 +191,7 @@ def test_help_imports_neither_torch_nor_pandas(command):
     assert " ".join(["usage: lmlib", *command]) in shown
     lines = [line for line in shown.splitlines() if line.startswith("import time:")]
     imported = {line.split("|")[-1].strip().split(".")[0] for line in lines}
-    heavy = {"torch", "transformers", "numpy", *NOTEBOOK_PACKAGES}
+    heavy = {"torch", "transformers", "numpy", *EXTRAS["notebook"]}
     assert "argparse" in imported and not imported & heavy
 
 
@@ -203,8 +203,8 @@ def core(*arguments, check=0):
     """Run a command where the notebook packages cannot be imported."""
     script = """if True:
         import sys
-        from lmlib.cli.parser import NOTEBOOK_PACKAGES, main
-        sys.modules.update(dict.fromkeys(NOTEBOOK_PACKAGES))  # None: importing it fails
+        from lmlib.cli.parser import EXTRAS, main
+        sys.modules.update(dict.fromkeys(EXTRAS['notebook']))  # None: importing it fails
         sys.exit(main(sys.argv[1:]))
     """
     return lmlib(*arguments, check=check, python=("-c", script))
