@@ -187,12 +187,6 @@ class _Loss(nn.Module):
         self.model, self.forward = model, model.loss  # which may be compiled
 
 
-def reduce_gradients(model: nn.Module, exact: bool):
-    """Make `model.loss` sum the gradients over the ranks, if there are several."""
-    if world_size() > 1:
-        model.loss = ReducedLoss(model, exact)
-
-
 def keep_local(model: nn.Module, is_local: bool) -> Any:
     """Return a context in which gradients are not summed over the ranks yet, if `is_local`."""
     loss = vars(model).get("loss")

@@ -32,7 +32,8 @@ class Replicas:
 
     def sum_gradients(self, exact: bool):
         """Make backward passes sum over the processes; `exact`: in an order that is always one."""
-        distributed.reduce_gradients(self.model, exact)
+        if distributed.world_size() > 1:
+            self.model.loss = distributed.ReducedLoss(self.model, exact)
 
     def clip_gradients(self, limit: float) -> Tensor:
         """Scale the gradient down to norm `limit` (0: no limit); returns its norm before: ()."""
