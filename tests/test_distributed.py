@@ -27,6 +27,7 @@ VARIANTS = {
     "uneven": {**EXACT, "feed_forward": "moe", "num_experts": 3, "vocab_size": 509},
 }
 VARIANTS["uneven"] |= {"tie_word_embeddings": False, "hidden_size": 30, "attention_bias": True}
+FULL = ("muon", "adamw", "uneven")  # the variants that are also trained with sharding: full
 # The variant in which a fault is planted, and the number of processes that can show it.
 FAULTS = {"all_reduce": ("muon", 4), "dropout": ("muon", 4), "router": ("moe", 4)}
 FAULTS["order"] = ("muon", 2)  # of the rounds, of which four processes have two
@@ -52,7 +53,7 @@ def by_count(tmp_path_factory) -> dict[int, Path]:
         folders[count] = tmp_path_factory.mktemp(f"processes-{count}")
         runs = [{"run_name": name, **changes} for name, changes in VARIANTS.items()]
         full = {"output_dir": str(folders[count] / "full"), "sharding": "full"}
-        runs += [{**run, **full} for run in runs if count > 1]
+        runs += [{**run, **full} for run in runs if count > 1 and run["run_name"] in FULL]
         for fault, (name, shown_by) in FAULTS.items():
             if shown_by == count:
                 runs.append({"run_name": f"planted-{fault}", "plant": fault, **VARIANTS[name]})
@@ -71,7 +72,7 @@ def test_one_two_and_four_processes_give_the_same_bits(by_count, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FULL)
 def test_a_divided_model_gives_the_same_bits(by_count, name, count):
     divided = by_count[count] / "full" / name
     assert fingerprint(divided) == fingerprint(by_count[1] / name)

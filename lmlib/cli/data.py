@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from lmlib.cli.display import paint, show
 from lmlib.cli.train import load_config
+from lmlib.errors import UserError
 from lmlib.text import printable
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ def data(options: argparse.Namespace):
          stream="stderr")
     from lmlib.data import describe  # imports torch
     from lmlib.data.prepare import prepare
-    store = prepare(config)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers is {options.workers}; it must be 1 or more.")
+    store = prepare(config, workers=options.workers)
     splits = describe.summarize(store)
     total, size = sum(split.bytes for split in splits), sum(split.tokens for split in splits)
     print(f"{printable(config.corpus)}: {total:,} bytes, {size:,} tokens of a vocabulary of "

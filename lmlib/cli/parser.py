@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     argument("--processes", type=int, metavar="N", help="as -p processes N: on this machine (1)")
     argument("--restarts", type=int, default=0, metavar="K",
              help="times to start again after a process has died (0)")
-    _add_recipe(add("data", "data:data", "tokenize a recipe's corpus and describe it"))
+    argument = add("data", "data:data", "tokenize a recipe's corpus and describe it")
+    _add_recipe(argument)
+    argument("--workers", type=int, metavar="N", help="processes that tokenize (one per core)")
     argument = add("plan", "plan:plan", "estimate a recipe's memory, time and disk")
     _add_recipe(argument)
     argument("--processes", type=int, metavar="N", help="as -p processes N (1)")

@@ -18,6 +18,8 @@ from lmlib.files import resolve_path
 from lmlib.text import normalize
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+LONGEST_LINE = 2**28  # characters of a line, or of a JSON array, which are read whole
+LONGEST_DOCUMENT = 2**26  # characters; its tokens take some 50 bytes of memory a character
 
 
 class Document(NamedTuple):
@@ -26,6 +28,16 @@ class Document(NamedTuple):
     hash: int  # 64 bits, of its normalized text
     split: str  # "training", "validation" or "test"
     file: int | None  # number of the .txt file that it was cut from; None: a whole document
+
+
+class SplitRule(NamedTuple):
+    """Which documents of a corpus are held out."""
+    validation: float  # up to this part of the hashes' range: validation
+    test: float  # from this part on: test
+
+    def split_of(self, number: int) -> str:
+        return ("validation" if number < self.validation * 2**64 else
+                "test" if number >= self.test * 2**64 else "training")
 
 
 def corpus_files(corpus: str) -> list[Path] | None:
@@ -72,6 +84,10 @@ def documents(corpus: str, config: RunConfig) -> Iterator[tuple[str, int | None]
         for text in _file_documents(file, corpus, config.text_column):
             if text.strip():
                 count += 1
+                if len(text) > LONGEST_DOCUMENT:
+                    raise UserError(f"Document {count} of {file} has {len(text):,} characters, "
+                                    f"more than the {LONGEST_DOCUMENT:,} that memory is planned "
+                                    "for: divide it.")
                 yield text, number if is_cut else None
         empty += [] if count else [file.name]
     if 0 < len(empty) < len(files or []):  # where all are, the corpus is an error
@@ -95,7 +111,11 @@ def _file_documents(file: Path, corpus: str, column: str) -> Iterator[str]:
 def _lines(file: Path, encoding: str) -> Iterator[str]:
     try:
         with open(file, encoding=encoding) as lines:
-            yield from lines
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), 1):
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"Line {number} of {file} is longer than {LONGEST_LINE:,} "
+                                    "characters, too long to be read whole: divide it.")
+                yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): "
                         "convert it first.") from None
@@ -107,6 +127,9 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
     lines = enumerate(_lines(file, "utf-8-sig"), 1)  # -sig: without the byte-order mark
     start, first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
     if first.lstrip().startswith("["):
+        if file.stat().st_size > LONGEST_LINE:
+            raise UserError(f"{file} is one JSON array, too long to be read whole: write one "
+                            "object a line.")
         whole = "".join([first, *(line for _, line in lines)])
         items = _parse(whole, f"{file} cannot be read: it begins with '[' but")
         rows = ({"text": item} if isinstance(item, str) else item for item in items)
@@ -138,7 +161,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            for batch in table.iter_batches(columns=[column] if column in names else names):
+            for batch in table.iter_batches(1000, columns=[column] if column in names else names):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
@@ -210,22 +233,43 @@ def content_hash(document: str) -> int:
 
 
 def split_documents(config: RunConfig) -> list[Iterator[Document]]:
-    """Return a stream of documents per corpus: the corpus, and the validation corpus if any.
+    """Return a stream of documents per corpus: the corpus, and the validation corpus if any."""
+    def stream(corpus: str, rule: SplitRule) -> Iterator[Document]:
+        for text, file in documents(corpus, config):
+            number = content_hash(text)
+            yield Document(text, number, rule.split_of(number), file)
+
+    return [stream(corpus, rule) for corpus, rule in split_rules(config)]
+
+
+def split_rules(config: RunConfig) -> list[tuple[str, SplitRule]]:
+    """Return the corpus, and the validation corpus if any, each with how it is split.
 
     A hash below `validation_fraction` of its range is validation, one above 1 - `test_fraction`
     test. A validation corpus is divided between the two in the proportion of the fractions.
     """
-    def stream(corpus: str, validation: float, test: float) -> Iterator[Document]:
-        for text, file in documents(corpus, config):
-            number = content_hash(text)
-            split = ("validation" if number < validation * 2**64 else
-                     "test" if number >= test * 2**64 else "training")
-            yield Document(text, number, split, file)
-
+    whole = SplitRule(0.0, 1.1)
     if config.split == "windows":  # both splits share every document: that is the leak
-        return [stream(config.corpus, 0.0, 1.1)]
+        return [(config.corpus, whole)]
     validation, test = config.validation_fraction, config.test_fraction
     if config.validation_corpus is None:
-        return [stream(config.corpus, validation, 1 - test if test else 1.1)]
+        return [(config.corpus, SplitRule(validation, 1 - test if test else 1.1))]
     share = validation / (validation + test) if test else 1.1
-    return [stream(config.corpus, 0.0, 1.1), stream(config.validation_corpus, share, share)]
+    return [(config.corpus, whole), (config.validation_corpus, SplitRule(share, share))]
+
+
+def text_size(corpus: str, column: str) -> int | None:
+    """Estimate the bytes of text in a corpus; None for a Hugging Face dataset."""
+    if (files := corpus_files(corpus)) is None:
+        return None
+    sizes = dict.fromkeys((file.suffix.lower() for file in files), 0)
+    for file in files:
+        sizes[file.suffix.lower()] += file.stat().st_size
+    if sizes.get(".jsonl", 0) > 2**26:  # other columns and escapes are no text
+        first = next(file for file in files if file.suffix.lower() == ".jsonl")
+        rows = list(islice(_json_rows(first), 1000))
+        whole = sum(len(json.dumps(row, ensure_ascii=False)) for row in rows)
+        sizes[".jsonl"] *= sum(len(str(row.get(column) or "")) for row in rows) / max(1, whole)
+    if ".parquet" in sizes:  # compressed: about a third of its text
+        sizes[".parquet"] *= 3
+    return int(sum(sizes.values()))

@@ -7,37 +7,37 @@ and store.json, which is written last and has a hash of everything.
 import hashlib
 import json
 import shutil
-import sys
 import uuid
 import warnings
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from lmlib.config import RunConfig
-from lmlib.data.corpus import Document, corpus_files, split_documents
+from lmlib.data.build import repair, write_splits
+from lmlib.data.corpus import corpus_files, split_documents
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.data.verify import DOCUMENTS, SPLITS, STREAMS, damage, write_info
+from lmlib.data.verify import SPLITS, STREAMS, damage, write_info
 from lmlib.errors import UserError
 from lmlib.files import file_sha256, read_mapping, sync_folder
 
 STORE_FORMAT = 2
+SHARDS = ".draft-shards"  # ending of the folder with the shards of a store that is being built
 
 
-def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
+def prepare(config: RunConfig, tokenizer: str | None = None,
+            workers: int | None = None) -> TokenStore:
     """Open the token store of a run under output_dir/.tokens; build it if there is none.
 
-    A damaged store is built again, with a warning. `tokenizer` (a folder or Hugging Face id)
-    replaces `config.tokenizer`. Raises ValueError where the corpus or tokenizer cannot be used, or
-    a split is shorter than one window.
+    What is damaged of a store is built again, with a warning. `tokenizer` (a folder or Hugging Face
+    id) replaces `config.tokenizer`. `workers` processes tokenize (None: one per core). Raises
+    ValueError where the corpus or tokenizer cannot be used, or a split is shorter than one window.
     """
     tokenizer = tokenizer or config.tokenizer
     if tokenizer == "train" and (config.vocab_size or 0) < 257:
@@ -49,12 +49,9 @@ def prepare(config: RunConfig, tokenizer: str | None = None) -> TokenStore:
     if damage(folder):
         stores.mkdir(parents=True, exist_ok=True)
         with FileLock(stores / f"{folder.name}.lock"):  # one process builds, the others wait
-            if found := damage(folder):
-                if folder.exists():
-                    warnings.warn(f"The token cache {folder} is damaged ({found}); it is built "
-                                  "again.", stacklevel=2)
+            if (found := damage(folder)) and not _is_repaired(config, folder, found):
                 _sweep_drafts(stores, folder.name)
-                _build(config, tokenizer, identity, folder)
+                _build(config, tokenizer, identity, folder, workers)
     store = TokenStore.open(config, folder)
     if store.vocab_size < len(store.tokenizer):
         raise UserError(f"vocab_size {store.vocab_size} is less than the tokenizer's "
@@ -117,10 +114,29 @@ def _folder_of(config: RunConfig, stores: Path, identity: dict[str, Any]) -> Pat
     return folder
 
 
+def _is_repaired(config: RunConfig, folder: Path, found: str) -> bool:
+    """Repair the damaged shards of a store, if there is one and no other file is damaged."""
+    if not folder.exists():
+        return False
+    built = None
+    if found.removesuffix(" is missing") in STREAMS.values():
+        with suppress(UserError):  # the corpus cannot be read
+            built = repair(config, load_tokenizer(str(folder)), folder)
+    parts = f" (of its shards: {', '.join(built)})" if built else ""
+    warnings.warn(f"The token cache {folder} is damaged ({found}); it is built again{parts}.",
+                  stacklevel=3)
+    return built is not None
+
+
 def _sweep_drafts(stores: Path, ours: str):
-    """Delete what killed builds have left: drafts of our store, and of those nobody builds."""
+    """Delete what killed builds have left: drafts of our store, and of those nobody builds.
+
+    The shards that they finished stay, for the next build of that store.
+    """
     for draft in stores.glob("*.draft-*"):
         name = draft.name.partition(".")[0]
+        if draft.name.endswith(SHARDS):
+            continue
         with suppress(Timeout):  # another process is building there
             lock = FileLock(stores / f"{name}.lock")
             with nullcontext() if name == ours else lock.acquire(timeout=0):
@@ -129,28 +145,47 @@ def _sweep_drafts(stores: Path, ours: str):
 
 # ---- Build ----
 
-def _build(config: RunConfig, tokenizer_name: str, identity: dict[str, Any], folder: Path):
+def _build(config: RunConfig, tokenizer_name: str, identity: dict[str, Any], folder: Path,
+           workers: int | None):
     """Write a draft beside `folder`, flush it, and rename it into place."""
     draft = folder.parent / f"{folder.name}.draft-{uuid.uuid4().hex[:8]}"
+    kept = folder.parent / f"{folder.name}{SHARDS}"
     try:
-        if tokenizer_name == "train":
-            training = (document.text for stream in split_documents(config)
-                        for document in stream if document.split == "training")
-            # 200 million characters are plenty for merges, and bound the memory.
-            tokenizer = train_tokenizer(_up_to(200_000_000, training), config.vocab_size)
-        else:
-            tokenizer = load_tokenizer(tokenizer_name)
+        kept.mkdir(exist_ok=True)
+        tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name != "train" else (
+            _trained_tokenizer(config, kept / "tokenizer"))
         draft.mkdir(parents=True)
         tokenizer.save_pretrained(draft)
-        info = _write_splits(config, tokenizer, draft)
+        info = write_splits(config, tokenizer, draft, kept, workers)
         write_info(draft, {**info, "format": STORE_FORMAT, "identity": identity,
                            "tokenizer": tokenizer_identity(load_tokenizer(str(draft)))})
         if folder.exists():
             shutil.rmtree(folder.rename(draft.with_name(f"{draft.name}-damaged")))
         draft.rename(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(kept)
+    except UserError as error:
+        if not list(kept.glob("*.json")):
+            shutil.rmtree(kept)
+            raise
+        raise UserError(f"{error}\nWhat was tokenized before is kept: the same command continues "
+                        "there.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _trained_tokenizer(config: RunConfig, folder: Path) -> Any:
+    """Train the run's tokenizer, unless a preparation that was killed has saved it."""
+    if folder.exists():
+        return load_tokenizer(str(folder))
+    training = (document.text for stream in split_documents(config)
+                for document in stream if document.split == "training")
+    # 200 million characters are plenty for merges, and bound the memory.
+    tokenizer = train_tokenizer(_up_to(200_000_000, training), config.vocab_size)
+    draft = folder.with_name("tokenizer.draft")
+    tokenizer.save_pretrained(draft)
+    draft.rename(folder)
+    return tokenizer
 
 
 def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
@@ -159,103 +194,6 @@ def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
             return
         characters -= len(text)
         yield text
-
-
-@dataclass
-class _Split:
-    """The tokens of a split, on their way to its file, and what is known of its documents."""
-    file: BinaryIO
-    dtype: np.dtype
-    limit: int  # of tokens
-    enough: int  # tokens that let a corpus with max_tokens end: it may have no end of its own
-    tokens: int = 0
-    bytes: int = 0
-    hashes: array = field(default_factory=lambda: array("Q"))
-    lengths: array = field(default_factory=lambda: array("Q"))  # of documents, in tokens
-    files: array = field(default_factory=lambda: array("q"))  # they were cut from; -1: whole
-    numbers: array = field(default_factory=lambda: array("Q"))  # of documents in their corpus
-
-    def append(self, document: Document, number: int, ids: list[int]):
-        ids = ids[: self.limit - self.tokens]
-        np.array(ids, dtype=self.dtype).tofile(self.file)
-        self.tokens += len(ids)
-        self.bytes += len(document.text.encode("utf-8", "replace"))
-        self.hashes.append(document.hash)
-        self.lengths.append(len(ids))
-        self.files.append(-1 if document.file is None else document.file)
-        self.numbers.append(number)
-
-    def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "documents": len(self.hashes), "bytes": self.bytes}
-
-
-def _write_splits(config: RunConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write the tokens and documents of every split; return what store.json says of them."""
-    tokenizer.backend_tokenizer.encode_special_tokens = True  # text that spells one stays text
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
-    limit = config.max_tokens or sys.maxsize
-    evaluated = config.validation_windows * config.sequence_length + 1
-    enough = {"training": limit, "validation": evaluated if config.split == "documents" else 0,
-              "test": evaluated if config.has_test else 0}
-    with ExitStack() as stack:
-        splits = {name: _Split(stack.enter_context(open(folder / file, "wb")), dtype,
-                               limit if name == "training" else sys.maxsize, enough[name])
-                  for name, file in STREAMS.items()}
-        streams = split_documents(config)
-        for number, stream in enumerate(streams):
-            names = SPLITS if len(streams) == 1 else SPLITS[:1] if number == 0 else SPLITS[1:]
-            unit, clusters = _write_corpus(
-                stream, tokenizer, {name: splits[name] for name in names},
-                is_limited=config.max_tokens is not None)
-    total = sum(split.tokens for split in splits.values())
-    if total == 0:
-        raise UserError(f"The corpus {config.corpus} holds no text.")
-    training = splits["training"]
-    np.unique(np.array(training.hashes, "<u8")).tofile(folder / DOCUMENTS["training"])
-    for name in SPLITS[1:]:
-        # Validation windows that overlap training windows are cut from the training text.
-        split = training if config.split == "windows" and name == "validation" else splits[name]
-        columns = split.hashes, clusters(split), split.lengths
-        np.array(columns, "<u8").reshape(3, -1).T.tofile(folder / DOCUMENTS[name])
-    return {"dtype": dtype.name, **{name: split.counts() for name, split in splits.items()},
-            "held_out_share": 1 - training.tokens / total, "unit": unit}
-
-
-def _write_corpus(stream: Iterator[Document], tokenizer: Any, splits: dict[str, _Split],
-                  is_limited: bool) -> tuple[str, Callable[[_Split], list[int]]]:
-    """Append the documents of a corpus to their splits.
-
-    Returns what its statistical units are, and a function that names the unit of each document of
-    a split: itself, the .txt file that it was cut from, or a tenth of the only file.
-    """
-    firsts: dict[int, int] = {}  # hash of each .txt file's first document
-    count, is_whole = 0, False
-    while chunk := list(islice(stream, 64)):
-        wanted = []
-        for document in chunk:
-            is_whole |= document.file is None
-            firsts.setdefault(document.file, document.hash)
-            wanted.append((document, count))
-            count += 1
-        wanted = [(document, number) for document, number in wanted
-                  if splits[document.split].tokens < splits[document.split].limit]
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(
-            [document.text for document, _ in wanted], add_special_tokens=False)
-        for (document, number), encoding in zip(wanted, encoded, strict=True):
-            split = splits[document.split]
-            if split.tokens < split.limit:
-                split.append(document, number, [*encoding.ids, tokenizer.eos_token_id])
-        if is_limited and all(split.tokens >= split.enough for split in splits.values()):
-            break
-    if is_whole:
-        return "documents", lambda split: [
-            own if file < 0 else firsts[file]
-            for own, file in zip(split.hashes, split.files, strict=True)]
-    if len(firsts) == 1:
-        file = min(firsts.values()) // 16 * 16  # its name, with room for the tenth
-        return "tenths of one file", lambda split: [file + number * 10 // count
-                                                    for number in split.numbers]
-    return "files", lambda split: [firsts[file] for file in split.files]
 
 
 # ---- Splits that are too short ----

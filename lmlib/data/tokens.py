@@ -138,7 +138,8 @@ class TokenStore:
         Of training: (documents,), their sorted hashes. Of a held-out split: (documents, 3), the
         hash, the key of the statistical unit, and the number of tokens.
         """
-        found = np.fromfile(self.folder / DOCUMENTS[split], "<u8")
+        file = self.folder / DOCUMENTS[split]
+        found = np.memmap(file, "<u8", "r") if file.stat().st_size else np.empty(0, "<u8")
         return found if split == "training" else found.reshape(-1, 3)
 
     def texts(self, split: str) -> Iterator[str]:

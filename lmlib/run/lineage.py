@@ -36,7 +36,8 @@ def lineage_of(source: Path | None, store: TokenStore, is_own: bool) -> Lineage:
         return Lineage(own, [stream], is_own and store.config.init_from is None)
     manifest = read_mapping(source / "checkpoint.json")
     streams = list(dict.fromkeys([*manifest["streams"], stream]))
-    return Lineage(np.union1d(own, recorded), streams, manifest["lineage"] == "complete")
+    hashes = own if np.array_equal(own, recorded) else np.union1d(own, recorded)
+    return Lineage(hashes, streams, manifest["lineage"] == "complete")
 
 
 def ancestors_tokens(lineage: Lineage, source: Path | None,

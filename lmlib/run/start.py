@@ -173,7 +173,7 @@ def open_store(start: Start) -> TokenStore:
             return prepare(config, tokenizer=tokenizer)
     except KeyboardInterrupt:
         raise Stopped("Stopped while the text was being prepared, before the first step. Nothing "
-                      "was trained; the same command starts again.") from None
+                      "was trained; the same command continues.") from None
 
 
 def build_model(config: RunConfig, source: Path | None) -> LanguageModel:

@@ -6,6 +6,7 @@ The packages that lmlib needs are imported first: on Windows they have other cod
 import builtins
 import fcntl
 import os
+import shutil
 import signal
 import sys
 
@@ -44,6 +45,7 @@ def import_what_is_there(name, names=None, *arguments, **options):
 if __name__ == "__main__":
     os.open, os.fsync, os.kill = open_a_file, fsync_what_may_be_written, kill
     builtins.__import__ = import_what_is_there
+    shutil._use_fd_functions = False  # which would open folders
     for module, names in ((os, OS), (signal, SIGNALS)):
         for name in names:
             delattr(module, name)
