@@ -1,19 +1,29 @@
 """What the pages in docs/ show is executed as it stands there: formulas, commands, a patch."""
 
+import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
+from pyarrow import parquet
 
 import lmlib
 from lmlib import optim, training
+from lmlib.cli.parser import main
+from lmlib.config import RunConfig
+from lmlib.data.corpus import corpus_files
+from lmlib.data.prepare import prepare
+from lmlib.errors import UserError
 from lmlib.files import PROJECT_ROOT, read_json
 from lmlib.model.attention import rotary_angles
 from lmlib.model.huggingface import model_tensors
@@ -129,3 +139,69 @@ def test_the_architecture_of_the_page_trains_and_equals_its_stock_class(tmp_path
     stock = read_json(run_dir / "checkpoints" / "checkpoint_step_20" / "config.json")
     assert stock["hidden_act"] == "relu2"
     assert read_json(run_dir / "results.json")["audit"]["passed"]
+
+
+# ---- corpus.md ----
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """Make the files that the page names, in the current folder."""
+    plays = [file.read_text("utf-8") for file in corpus_files("shakespeare")[:8]]
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("\n\n".join(plays[:2]))
+    Path("my_texts", "more").mkdir(parents=True)
+    Path("my_texts", "a.txt").write_text(plays[3])
+    Path("my_texts", "more", "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for play in plays[4:] for text in play.split("\n## "))
+    )
+    rows = [text for play in plays for text in play.split("\n### ")]
+    Path("posts.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in rows))
+    parquet.write_table(pyarrow.table({"text": rows}), "pages.parquet")
+    Path("notes.md").write_text("# Notes\n")
+    Path("empty").mkdir()
+    Path("blank.txt").write_text("\n\n")
+    Path("latin.txt").write_bytes("café, ".encode("latin-1") * 10)
+    Path("broken.jsonl").write_text('{"text": "a"}\n{oops\n')
+    Path("numbers.jsonl").write_text('{"text": 3}\n')
+    Path("short.txt").write_text(plays[0][:12_000])
+    return tmp_path
+
+
+def test_the_commands_on_corpora_do_what_the_page_says(texts, capsys):
+    [commands, network] = blocks("corpus.md", "bash")
+    lines = [line.split("  #")[0] for line in commands.splitlines()]
+    assert [line.split()[1] for line in lines] == ["data"] * 5 + ["train"]
+    for line in lines:
+        short = ["-p", "total_steps", "2"] * ("train" in line)
+        status = main([*shlex.split(line)[1:], *short, "-p", "output_dir", str(texts / "out")])
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert "Done: 2 steps" in printed if short else "read the training text" in printed
+    assert len(list((texts / "out" / ".tokens").glob("*/store.json"))) == 5  # the run built none
+
+
+def test_the_description_of_shakespeare_is_what_is_printed(outputs, capsys):
+    assert main(["data", "quickstart", "-p", "output_dir", str(outputs)]) == 0
+    [shown] = blocks("corpus.md", "text")
+    assert capsys.readouterr().out.startswith(shown)
+
+
+def rows_of_table(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its first two lines."""
+    text = (PROJECT_ROOT / "docs" / page).read_text("utf-8").split(f"\n## {heading}\n")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_each_message_about_a_corpus_is_the_one_that_is_raised(texts):
+    rows = rows_of_table("corpus.md", "When it does not work")
+    corpora = [re.search(r"[\w.]+\.(txt|md|jsonl)|empty", message)[0] for message, _ in rows]
+    assert len(rows) == len(set(corpora)) == 9
+    for corpus, (message, _) in zip(corpora, rows, strict=True):
+        config = RunConfig.load(
+            PROJECT_ROOT / "params" / "quickstart.yaml", corpus=corpus, output_dir=texts / "out"
+        )
+        with pytest.raises(UserError) as raised:
+            prepare(config)
+        assert message in str(raised.value)
