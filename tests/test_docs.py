@@ -30,6 +30,8 @@ from lmlib.model.huggingface import model_tensors
 from lmlib.model.moe import update_router_bias
 from lmlib.run.records import read_records
 
+LMLIB = PROJECT_ROOT / "lmlib"
+
 
 def blocks(page: str, language: str) -> list[str]:
     """Return a page's code blocks in a language."""
@@ -160,7 +162,6 @@ def texts(tmp_path, monkeypatch) -> Path:
     parquet.write_table(pyarrow.table({"text": rows}), "pages.parquet")
     Path("notes.md").write_text("# Notes\n")
     Path("empty").mkdir()
-    Path("blank.txt").write_text("\n\n")
     Path("latin.txt").write_bytes("café, ".encode("latin-1") * 10)
     Path("broken.jsonl").write_text('{"text": "a"}\n{oops\n')
     Path("numbers.jsonl").write_text('{"text": 3}\n')
@@ -197,7 +198,7 @@ def rows_of_table(page: str, heading: str) -> list[list[str]]:
 def test_each_message_about_a_corpus_is_the_one_that_is_raised(texts):
     rows = rows_of_table("corpus.md", "When it does not work")
     corpora = [re.search(r"[\w.]+\.(txt|md|jsonl)|empty", message)[0] for message, _ in rows]
-    assert len(rows) == len(set(corpora)) == 9
+    assert len(rows) == len(set(corpora)) == 8
     for corpus, (message, _) in zip(corpora, rows, strict=True):
         config = RunConfig.load(
             PROJECT_ROOT / "params" / "quickstart.yaml", corpus=corpus, output_dir=texts / "out"
@@ -205,3 +206,26 @@ def test_each_message_about_a_corpus_is_the_one_that_is_raised(texts):
         with pytest.raises(UserError) as raised:
             prepare(config)
         assert message in str(raised.value)
+
+
+# ---- audit.md ----
+
+
+def test_every_check_of_the_audit_is_explained():
+    """The page has a row for each check of a run and of `lmlib audit`."""
+    text = (PROJECT_ROOT / "docs" / "audit.md").read_text("utf-8")
+    section = text.split("\n## My run failed a check\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([\w ]+?) \|", section, re.MULTILINE)
+    sources = [*(LMLIB / "audit").glob("*.py"), LMLIB / "run" / "preflight.py"]
+    source = "".join(file.read_text("utf-8") for file in [*sources, LMLIB / "run" / "run_audit.py"])
+    assert {"causality", "init_from"} < set(re.findall(r'Report\("([\w ]+)"', source))
+    assert set(re.findall(r'Report\("([\w ]+)"', source)) == set(rows) - {"check"}
+
+
+# ---- run.md ----
+
+
+def test_every_kind_of_record_is_explained():
+    kinds = [row[0].strip("`") for row in rows_of_table("run.md", "A step")]
+    source = (LMLIB / "training.py").read_text("utf-8")
+    assert sorted(kinds) == sorted(set(re.findall(r'emit\(run, "(\w+)"', source)))
