@@ -41,7 +41,7 @@ def best(steps: Steps, rounds: int) -> dict[int, float]:
 def layer_steps(width: int, tokens: int) -> Steps:
     inner, expert, _ = WIDTHS[width]
     x = torch.randn(8, tokens // 8, width, requires_grad=True)
-    modules = {0: MLP(width, inner)}
+    modules = {0: MLP(RunConfig(hidden_size=width), inner)}
     for count in EXPERTS:
         config = RunConfig(
             hidden_size=width,

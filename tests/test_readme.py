@@ -67,6 +67,31 @@ def test_links_lead_to_files_and_headings(page):
         assert not heading or heading in slugs, target
 
 
+def links(page: Path) -> set[Path]:
+    """Return the files that a page links to."""
+    targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    return {(page.parent / target).resolve() for target in targets}
+
+
+def test_every_page_is_reached_from_the_readme():
+    seen, new = set(), {PAGES[0].resolve()}
+    while new:
+        seen |= new
+        new = {file for page in new for file in links(page) if file.suffix == ".md"} - seen
+    assert {page.resolve() for page in PAGES} <= seen
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    """Named from the project's root, from lmlib/ or docs/, or by the end of their path."""
+    folders = ("", "lmlib", "docs", "notebooks", "params", "tests/**", "benchmarks")
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for name in re.findall(r"`([\w./-]+\.(?:py|ipynb|ya?ml|md))`", text):
+        assert any(any(PROJECT_ROOT.glob(f"{folder}/{name}".lstrip("/"))) for folder in folders), (
+            name
+        )
+
+
 def test_the_readme_is_three_screens():
     assert len((PROJECT_ROOT / "README.md").read_text().splitlines()) <= 100
 

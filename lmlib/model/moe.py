@@ -17,14 +17,15 @@ BIAS_UPDATE_SPEED = 0.001  # change of a router's bias in an update (DeepSeek-V3
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv:2002.05202)."""
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, config: RunConfig, inner: int):
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        C, self.act = config.hidden_size, F.silu
+        self.gate_proj = Linear(C, inner, bias=False)
+        self.up_proj = Linear(C, inner, bias=False)
+        self.down_proj = Linear(inner, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Router(nn.Module):
@@ -53,6 +54,7 @@ class Experts(nn.Module):
     def __init__(self, config: RunConfig):
         super().__init__()
         E, C, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.act = F.silu
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, inner))
 
@@ -63,7 +65,7 @@ class Experts(nn.Module):
         ends = torch.bincount(flat, minlength=len(self.down_proj)).cumsum(0)  # (E,)
         x = x.index_select(0, order // K)  # (M K, C)
         gate, up = grouped_linear(x, self.gate_up_proj, ends).chunk(2, dim=-1)  # (M K, inner)
-        y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (M K, C)
+        y = grouped_linear(self.act(gate) * up, self.down_proj, ends)  # (M K, C)
         y = y.index_select(0, order.argsort()).view(M, K, -1)  # in the order of the tokens again
         return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
 
@@ -73,7 +75,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: RunConfig):
         super().__init__()
         self.gate, self.experts = Router(config), Experts(config)
-        self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = MLP(config, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         tokens = x.flatten(0, 1)  # (M, C)

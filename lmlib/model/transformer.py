@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(C)
         self.self_attn = LatentAttention(config) if mla else MultiHeadAttention(config)
         self.post_attention_layernorm = RMSNorm(C)
-        self.mlp = MLP(C, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self.mlp = MLP(config, config.intermediate_size) if dense else MixtureOfExperts(config)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
