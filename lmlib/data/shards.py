@@ -4,8 +4,8 @@ Worker processes import this module, so it needs neither torch nor transformers.
 """
 
 import hashlib
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -174,8 +174,7 @@ class Builder:
         return self.threads.submit(self._ask, text)
 
     def _start(self):
-        tokenizer, *others = self.encoder
-        setup = pickle.dumps((tokenizer.to_str(), *others))
+        tokenizer, end, dtype = self.encoder
         # multiprocessing would import the caller's script again, or fork a process with threads.
         command = [sys.executable, "-c", "from lmlib.data.shards import work; work()"]
         threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS"), "1")
@@ -184,16 +183,18 @@ class Builder:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PACKAGE,
                 env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"})
             self.processes.append(process)
-            process.stdin.write(setup)
+            _send(process.stdin, [tokenizer.to_str(), end, dtype.name])
             self.idle.put(process)
 
     def _ask(self, text: Text) -> Shard:
         process = self.idle.get()
         try:
-            pickle.dump(text, process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            _send(process.stdin, [text.documents, text.files, text.rule, sorted(text.wanted)])
+            count, *sizes = _receive(process.stdout)
+            arrays = [np.frombuffer(process.stdout.read(n * dtype.itemsize), dtype, n) for n, dtype
+                      in ((count, DOCUMENT), *((n, self.encoder.dtype) for n in sizes))]
+            return Shard(arrays[0], arrays[1:])
+        except (OSError, EOFError, ValueError):
             raise UserError(f"A process that tokenized text ended with status {process.wait()}, "
                             "perhaps for lack of memory: use fewer (lmlib data RECIPE --workers 1) "
                             "or divide large documents.") from None
@@ -211,16 +212,32 @@ class Builder:
             process.wait()
 
 
+def _send(stream: BinaryIO, value: Any, arrays: Iterable[np.ndarray] = ()):
+    """Write a line of JSON, and after it the bytes of arrays."""
+    stream.write(json.dumps(value).encode() + b"\n")
+    for array in arrays:
+        stream.write(array.tobytes())
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+    if not (line := stream.readline()):
+        raise EOFError
+    return json.loads(line)
+
+
 def work():
     """Build the shards that arrive on standard input, until nobody asks or waits for more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
-    definition, end, dtype = pickle.load(sys.stdin.buffer)
-    tokenizer = Tokenizer.from_str(definition)
-    tokenizer.encode_special_tokens = True
+    asked, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
+        definition, end, dtype = _receive(asked)
+        encoder = Encoder(Tokenizer.from_str(definition), end, np.dtype(dtype))
+        encoder.tokenizer.encode_special_tokens = True
         while True:
-            shard = build_shard(pickle.load(sys.stdin.buffer), Encoder(tokenizer, end, dtype))
-            pickle.dump(shard, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            documents, files, rule, wanted = _receive(asked)
+            shard = build_shard(Text(documents, files, SplitRule(*rule), set(wanted)), encoder)
+            arrays = shard.documents, *shard.tokens
+            _send(answers, list(map(len, arrays)), arrays)
     except (EOFError, BrokenPipeError):
         os._exit(0)  # leaving as usual would flush to a broken pipe once more

@@ -335,10 +335,10 @@ def test_a_document_that_memory_cannot_hold_is_an_error(tmp_path, monkeypatch, n
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Ten times the text in as many more shards, in a process each."""
+    """Five times the text in as many more shards, in a process each."""
     line = json.dumps({"text": "To be, or not to be, that is the question. " * 20}) + "\n"
     peaks = []
-    for times in (1, 10):
+    for times in (4, 20):
         folder = tmp_path / str(times)
         folder.mkdir()
         (folder / "rows.jsonl").write_text(
@@ -353,8 +353,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         command = [sys.executable, "-c", script, json.dumps(config.to_dict())]
         done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) * 1024)
-    text = (tmp_path / "10" / "rows.jsonl").stat().st_size
-    assert peaks[1] - peaks[0] < text / 2  # of 9 MB more
+    text = (tmp_path / "20" / "rows.jsonl").stat().st_size
+    assert peaks[1] - peaks[0] < text / 2  # of 20 MB
 
 
 def test_shards_in_another_order_would_be_noticed(corpora, tmp_path, small_shards, monkeypatch):
