@@ -103,3 +103,9 @@ def test_rooms_on_one_layer_have_no_cycle():
 )
 def test_a_broken_law_is_found(place, line, said):
     assert violations(LMLIB / place, line + "\n") == [said]
+
+
+def test_no_benchmark_hides_a_standard_module():
+    """A script's own folder comes first on its path: there, `tokenize.py` would break `inspect`."""
+    names = {file.stem for file in (LMLIB.parent / "benchmarks").glob("*.py")}
+    assert not names & sys.stdlib_module_names, "rename it"

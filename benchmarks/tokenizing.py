@@ -1,6 +1,6 @@
 """How fast a corpus is prepared, and how soon training on a large one starts.
 
-    python benchmarks/tokenize.py [--megabytes 60] [--workers 1] [--store-gb 10]
+    python benchmarks/tokenizing.py [--megabytes 60] [--workers 1] [--store-gb 10]
 
 First: the bare tokenizer on one thread, and `lmlib data`'s preparation of the same text with so many
 processes, which also reads, hashes, splits and verifies it. The text is Shakespeare's plays in numbered
