@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     argument = add("generate", "generate:generate", "generate text with a run's model")
     argument("run", help="a run, a checkpoint, or a Hugging Face folder")
     argument("--step", type=parse_step, help="step of the checkpoint, or best (newest)")
-    argument("--mode", choices=("interactive", "batch"), help="(batch if there are prompts)")
+    argument("--mode", choices=("interactive", "batch", "chat"),
+             help="(batch if there are prompts, else interactive)")
     argument("--prompts", nargs="+", default=[], help="for batch mode; -: lines of standard input")
     argument("--prompts-file", metavar="FILE", help="with a prompt per line; -: standard input")
     argument("--output", metavar="FILE", default="", help="for batch mode (standard output)")
