@@ -19,7 +19,7 @@ test: $(VENV)/ready-dev lint
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -q -m "slow and not ecosystem" $(ARGS)
 
-# lm-eval, transformers serve and llama.cpp on our checkpoints (docs/ecosystem.md).
+# The tools of docs/ecosystem.md, docs/finetuning.md and docs/trackers.md on our checkpoints.
 ecosystem: $(ECOSYSTEM)/ready
 	$(ECOSYSTEM)/bin/python -m pytest -q -m ecosystem $(ARGS)
 

@@ -332,15 +332,16 @@ def finish(run: Run) -> Record:
 
 def _write_results(run: Run, results: dict[str, Any], timing: dict[str, float]):
     config, run_dir = run.config, run.config.run_dir
+    folder = run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}"
     checkpoint.prune(run_dir, config.keep_checkpoints)  # the last save may have been killed in it
-    card.write_card(run_dir / "checkpoints" / f"checkpoint_step_{config.total_steps}", config,
-                    results)
+    card.write_card(folder, config, results)
     write_json(run_dir / "results.json", {
         **results, **timing, "measured_on": measured_on(config, run.store.info),
         "audit": run.audit})
     try:
         from lmlib.analysis import figures
         figures.save_curves(run_dir)
+        card.add_curves(folder, run_dir / "training_curves.png")
     except ModuleNotFoundError:
         pass  # the notebook packages may not be installed
     except Exception as error:  # of any kind: the results stand without a picture

@@ -54,6 +54,19 @@ def warn_of_leaks(folder: Path):
              "language model.", stream="stderr")
 
 
+def confirm(question: str) -> bool:
+    """Ask a question, and return whether the answer is yes."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
+
+
+def format_size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
 def silence(stream: TextIO):
     """Send what a stream still holds, and all that follows, to nowhere."""
     with contextlib.suppress(*PRINT_ERRORS):

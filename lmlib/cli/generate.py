@@ -1,4 +1,4 @@
-"""lmlib generate: an interactive session, or a batch of prompts to text or JSON lines."""
+"""lmlib generate: an interactive session, a chat, or a batch of prompts to text or JSON lines."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ def generate(options: argparse.Namespace):
     """Generate interactively, or in batch mode if the options ask for it or name prompts."""
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     has_batch = bool(options.prompts or options.prompts_file or options.output or options.format)
-    if options.mode == "interactive" and has_batch:
+    if options.mode in ("interactive", "chat") and has_batch:
         raise UserError("--prompts, --prompts-file, --output and --format belong to --mode batch")
     prompts, is_batch = list(_prompts(options)), has_batch or options.mode == "batch"
     if is_batch and not prompts:
@@ -61,23 +61,30 @@ def generate(options: argparse.Namespace):
     if is_batch:
         _batch(session, options, prompts)
     else:
-        _interact(session)
+        (_chat if options.mode == "chat" else _interact)(session)
 
 
 def _interact(session: Session):
     """Read prompts and commands until `quit` or the end of input."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (importing it gives `input` line editing and a history)
     run_dir, config = resolve_path(session.run), session.model.config
     print(paint(f"{session.run}: {parameter_count(session.model):,} parameters, a context window "
                 f"of {config.sequence_length} tokens", "bold"), HELP, "", sep="\n")
     steps = checkpoint.checkpoint_steps(run_dir)
+    for line in _typed_lines("🎯 Prompt: "):
+        with _errors_shown():
+            _execute(session, line)
+        if (now := checkpoint.checkpoint_steps(run_dir)) != steps:
+            print(f"(checkpoints now: {', '.join(map(str, now)) or 'none'})")
+            steps = now
+
+
+def _typed_lines(question: str) -> Iterator[str]:
+    """Yield the lines that are typed, until `quit` or the end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (importing it gives `input` line editing and a history)
     while True:
         try:
-            if (now := checkpoint.checkpoint_steps(run_dir)) != steps:
-                print(f"(checkpoints now: {', '.join(map(str, now)) or 'none'})")
-                steps = now
-            line = input("🎯 Prompt: ")
+            line = input(question)
         except EOFError:
             print()
             return
@@ -86,12 +93,46 @@ def _interact(session: Session):
             continue
         if line.rstrip().lstrip("/") in ("quit", "exit"):
             return
-        try:
-            _execute(session, line)
-        except KeyboardInterrupt:
-            print("\n(stopped)\n")
-        except ValueError as error:
-            print(f"Error: {printable(str(error))}")
+        yield line
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Print what a user can put right, and let Ctrl-C stop a generation."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\n(stopped)\n")
+    except ValueError as error:
+        print(f"Error: {printable(str(error))}")
+
+
+def _chat(session: Session):
+    """Answer what is typed, turn by turn, in the form of the tokenizer's chat template."""
+    tokenizer, turns = session.tokenizer, []
+    if not tokenizer.chat_template:
+        raise UserError(f"{session.run} has no chat template, so it was not trained to answer: "
+                        "docs/finetuning.md says how to do that. --mode interactive continues "
+                        "any text.")
+    example = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    ids = tokenizer.apply_chat_template(example, return_dict=False)
+    if ends := [id for id in ids if id in tokenizer.all_special_ids]:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])  # it ends an answer
+    print("Each line is a turn. Ctrl-C stops an answer; quit ends the chat.\n")
+    for line in filter(str.strip, _typed_lines("🧑 You: ")):
+        with _errors_shown():
+            turns = _answer(session, [*turns, {"role": "user", "content": line}])
+
+
+def _answer(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Print the model's answer; return the turns with it, and without the oldest if too long."""
+    while True:
+        ids = session.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False)
+        if len(ids) < session.model.config.sequence_length or len(turns) == 1:
+            text = _print_continuation(session, "🤖 ", ids)
+            return [*turns, {"role": "assistant", "content": text}]
+        turns = turns[2:]
 
 
 def _execute(session: Session, line: str):
@@ -145,14 +186,20 @@ def _step_to_load(text: str) -> int | Literal["best"]:
 
 
 def _generate(session: Session):
-    """Print a continuation as it is generated, then its speed and why it ended."""
-    model, tokenizer = session.model, session.tokenizer
-    ids, began = generation.encode(model, tokenizer, session.prompt), time.monotonic()
-    print(f"🤖 Generated: {printable(session.prompt)}", end="", flush=True)
-    for [text] in generation.generate_ids(model, tokenizer, [ids], session.settings):
+    """Print the session's prompt and its continuation."""
+    ids = generation.encode(session.model, session.tokenizer, session.prompt)
+    _print_continuation(session, f"🤖 Generated: {printable(session.prompt)}", ids)
+
+
+def _print_continuation(session: Session, start: str, ids: list[int]) -> str:
+    """Print a continuation as it is generated, then its speed and why it ended; return its text."""
+    model, began = session.model, time.monotonic()
+    print(start, end="", flush=True)
+    for [text] in generation.generate_ids(model, session.tokenizer, [ids], session.settings):
         print(printable(text.piece), end="", flush=True)
     seconds = time.monotonic() - began
     print(f"\n({generation.describe_continuation(text, model.config.sequence_length, seconds)})\n")
+    return text.text
 
 
 def _batch(session: Session, options: argparse.Namespace, prompts: list[str]):

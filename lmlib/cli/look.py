@@ -6,7 +6,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from lmlib.cli.display import paint
+from lmlib.cli.display import confirm, format_size, paint
 from lmlib.cli.parser import missing_packages
 from lmlib.errors import UserError
 from lmlib.files import resolve_path
@@ -134,12 +134,12 @@ def clean(options: argparse.Namespace) -> int:
         return 0
     for leftover in found:
         path = printable(str(leftover.path.relative_to(output_dir)))
-        print(f"{_format_size(leftover.size):>9}  {path}  ({leftover.why})")
-    print(f"{_format_size(sum(leftover.size for leftover in found)):>9}  in all")
+        print(f"{format_size(leftover.size):>9}  {path}  ({leftover.why})")
+    print(f"{format_size(sum(leftover.size for leftover in found)):>9}  in all")
     if not options.yes and not sys.stdin.isatty():
         print("Nothing is deleted. To delete these: lmlib clean --yes")
         return 0
-    if not options.yes and not _confirm("Delete? [y/N] "):
+    if not options.yes and not confirm("Delete? [y/N] "):
         print("Nothing is deleted.")
         return 0
     kept = delete(output_dir, found)
@@ -147,15 +147,3 @@ def clean(options: argparse.Namespace) -> int:
         print(f"{printable(str(leftover.path))} is in use now, so it is kept.")
     print(f"Deleted: {len(found) - len(kept)}.")
     return 0
-
-
-def _confirm(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
-        print()
-        return False
-
-
-def _format_size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

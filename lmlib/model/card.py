@@ -1,9 +1,12 @@
 """The README.md of a checkpoint: what its scores were measured on and how far to trust them."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lmlib.config import RunConfig
+from lmlib.data.corpus import name_and_license
 from lmlib.files import read_mapping
 from lmlib.intervals import Estimate
 from lmlib.leaks import LEAKY
@@ -12,52 +15,67 @@ from lmlib.text import printable
 
 
 def write_card(folder: Path, config: RunConfig, scores: dict[str, Any]):
-    """Write README.md if the checkpoint in `folder` leaks or its lineage is unknown; else nothing.
+    """Write the card of a checkpoint in a run's folder.
 
     `scores` has the keys of an evaluation, `val_*`, and `test_*` once the run has a test score.
     """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
     manifest = read_mapping(folder / "checkpoint.json")
-    if LEAKY in manifest or manifest.get("lineage") == "unknown":
-        (folder / "README.md").write_text(model_card(config, manifest, scores), "utf-8")
+    audit = read_mapping(folder.parent.parent / "environment.json").get("audit", {})
+    (corpus, _), leaks = name_and_license(config.corpus), manifest.get(LEAKY)
+    held_out = name_and_license(config.validation_corpus or config.corpus)[0]
+    is_trusted = manifest.get("lineage") != "unknown" and not leaks  # leaderboards read results
+    results = [EvalResult(
+        "text-generation", held_out, held_out, metric, scores[f"test_{metric}"],
+        dataset_split="test", dataset_args={"documents": scores.get("test_documents")},
+        metric_name=name, metric_args={"standard_error": scores.get(f"test_{metric}_stderr")})
+        for metric, name in [("loss", "nats per token"), ("bits_per_byte", "bits per byte")]
+        if is_trusted and f"test_{metric}" in scores]
+    library = "transformers" if config.causal_mask else "lmlib"  # no stock class lacks the mask
+    data = ModelCardData(
+        library_name=library, pipeline_tag="text-generation", model_name=config.run_name,
+        tags=["lmlib", "leaky"] if leaks else ["lmlib"], eval_results=results or None,
+        datasets=[corpus] if "/" in corpus else None)  # of the Hub: files lose their folders
+    lines = _lines(config, manifest, scores, audit.get("verdicts", {}))
+    ModelCard("\n".join(["---", data.to_yaml(), "---", *lines, ""])).save(folder / "README.md")
 
 
-def model_card(config: RunConfig, manifest: dict[str, Any], scores: dict[str, Any]) -> str:
-    """Return the text of a card; `manifest` is checkpoint.json, `scores` as in `write_card`."""
-    leaks, step = manifest.get(LEAKY), manifest["step"]
-    tags = ["lmlib", *(["leaky"] if leaks else [])]
-    warnings = [
-        f"**This model leaks ({printable(leaks)}).** It was trained with `allow_leaks: true`.\n> "
-        "Do not compare its scores with those of other language models."] if leaks else []
+def add_curves(folder: Path, picture: Path):
+    """Show a picture of the run's curves at the end of the card in `folder`."""
+    shutil.copy(picture, folder)
+    with open(folder / "README.md", "a", encoding="utf-8") as card:
+        card.write(f"\n![Training curves]({picture.name})\n")
+
+
+def _lines(config: RunConfig, manifest: dict[str, Any], scores: dict[str, Any],
+           verdicts: dict[str, str]) -> Iterator[str]:
+    """Yield the lines below the metadata; `verdicts` has the sentence of each check."""
+    (corpus, license), step = name_and_license(config.corpus), manifest["step"]
+    held_out = _quoted(name_and_license(config.validation_corpus or config.corpus)[0])
+    yield f"# {config.run_name}, step {step}\n"
+    if manifest.get(LEAKY):
+        yield (f"> **This model leaks ({printable(manifest[LEAKY])}).** It was trained with "
+               "`allow_leaks: true`.\n> Do not compare its scores with those of other models.\n")
     if manifest.get("lineage") == "unknown":
-        warnings.append("**Lineage unknown.** This model was initialized from one that does not "
-                        "say what it was\n> trained on. Its scores may be of text that it saw.")
-    notes = "\n>\n".join(f"> {warning}" for warning in warnings)
-    measured_on = ("windows that overlap training windows" if config.split == "windows" else
-                   f"validation documents of {_quoted(config.validation_corpus or config.corpus)}")
-    lines = [f"- Validation loss {_loss(scores, 'val')}, of step {manifest['val_loss_step']}, "
-             f"measured on {measured_on}."]
+        yield ("> **Lineage unknown.** This model was initialized from one that does not say what "
+               "it was\n> trained on. Its scores may be of text that it saw.\n")
+    yield (f"{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, hidden "
+           f"size {config.hidden_size}, trained with lmlib in windows of "
+           f"{config.sequence_length} tokens.\n")
+    parent = f", after {_quoted(Path(config.init_from).name)}" if config.init_from else ""
+    yield f"- Training text: {_quoted(corpus)}{parent}. Its license: {_quoted(license)}."
+    what = "windows that overlap training windows" if config.split == "windows" else "documents"
+    yield (f"- Validation loss {_loss(scores, 'val')}, of step {manifest['val_loss_step']}, on "
+           f"validation {what} of {held_out}.")
     if "test_loss" in scores:
-        lines.append(f"- Test loss {_loss(scores, 'test')}, of step {step}, on documents that "
-                     "chose nothing.")
-    return f"""---
-tags: [{", ".join(tags)}]
----
-# {config.run_name}, step {step}
-
-{notes}
-
-{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, hidden size
-{config.hidden_size}, trained with lmlib on {_quoted(config.corpus)}
-in windows of {config.sequence_length} tokens.
-
-{chr(10).join(lines)}
-
-```python
-import lmlib
-
-model, tokenizer = lmlib.load("path/of/this/folder")
-```
-"""
+        yield (f"- Test loss {_loss(scores, 'test')}, of step {step}, on test documents of "
+               f"{held_out}, which chose nothing.")
+    for verdict in ("pass", "FAIL", "not judged"):
+        if checks := [name for name, said in verdicts.items() if said.startswith(verdict)]:
+            yield f"- Audit before step 1, {verdict}: {', '.join(checks)}."
+    yield '\n```python\nimport lmlib\n\nmodel, tokenizer = lmlib.load("path/of/this/folder")\n```'
+    if config.causal_mask:
+        yield "\nIt also loads as `transformers.AutoModelForCausalLM`, with the same logits."
 
 
 def _loss(scores: dict[str, Any], split: str) -> str:
@@ -74,4 +92,4 @@ def _loss(scores: dict[str, Any], split: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f"`{printable(text).replace('`', chr(39))}`"
+    return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"

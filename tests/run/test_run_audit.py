@@ -19,7 +19,6 @@ from lmlib.data.corpus import content_hash
 from lmlib.generation.settings import Settings
 from lmlib.leaks import LEAKY, Leaky
 from lmlib.model.attention import LatentAttention
-from lmlib.model.card import model_card
 from lmlib.notebook.playground import Playground
 from lmlib.run.run_audit import audit, scores_elsewhere
 from lmlib.run.start import find_start, open_store
@@ -555,13 +554,3 @@ def matrix(T, leaks):
 )
 def test_patterns_of_pairs_are_named(leaks, words):
     assert pattern(matrix(50, leaks)) == words
-
-
-def test_a_model_card_quotes_the_name_of_the_corpus(smoke):
-    manifest = {"step": 3, "val_loss_step": 2, LEAKY: "split"}
-    card = model_card(smoke(corpus="a`b"), manifest, {"val_loss": 1.5})
-    assert (
-        "`a'b`" in card
-        and "Validation loss 1.5000 nats a token, of step 2" in card
-        and "This model leaks (split)" in card
-    )

@@ -196,9 +196,21 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def server(run, tmp_path) -> Iterator[tuple[list[str], dict[str, str], int]]:
-    """Serve a checkpoint; yield the command, its environment and the port."""
-    folder, port = run.run_dir / "checkpoints" / "checkpoint_step_40", free_port()
+def served(run, tmp_path) -> Path:
+    """Return a copy of a checkpoint whose tokenizer has a chat template."""
+    folder = shutil.copytree(run.run_dir / "checkpoints" / "checkpoint_step_40", tmp_path / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(served, tmp_path) -> Iterator[tuple[list[str], dict[str, str], int]]:
+    """Serve the copy; yield the command, its environment and the port."""
+    folder, port = served, free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
     command += ["--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -213,9 +225,9 @@ def server(run, tmp_path) -> Iterator[tuple[list[str], dict[str, str], int]]:
         process.wait()
 
 
-def test_a_checkpoint_is_served(run, server, capsys):
+def test_a_checkpoint_is_served(served, server, capsys):
     command, environment, port = server
-    folder = str(run.run_dir / "checkpoints" / "checkpoint_step_40")
+    folder = str(served)
     model, tokenizer = lmlib.load(folder)
     [ours] = lmlib.generate(model, tokenizer, ["My lord, the"], max_new_tokens=30, temperature=0)
 
@@ -236,6 +248,15 @@ def test_a_checkpoint_is_served(run, server, capsys):
     stopped = ask(stop=ours[10:12]).choices[0]
     assert stopped.finish_reason == "stop"
     assert ours.startswith(stopped.text) and len(stopped.text) < len(ours)
+    chat = names["client"].chat.completions.create(
+        model=folder,
+        messages=[{"role": "user", "content": "Who's there?"}],
+        temperature=0,
+        max_tokens=30,
+    )
+    turn = "user: Who's there?\n"
+    [answer] = lmlib.generate(model, tokenizer, [turn], max_new_tokens=30, temperature=0)
+    assert chat.choices[0].message.content == answer.removeprefix(turn)
     assert names["client"].models.list().data == []  # of the hub cache folder, which is empty
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode != 0 and "address already in use" in second.stderr
