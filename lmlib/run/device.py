@@ -37,8 +37,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device, where that is CUDA without waiting for it."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
+    if device.type != "cuda":  # the host's memory may be freed before another device has read it
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

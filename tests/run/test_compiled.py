@@ -1,6 +1,8 @@
 """`compile`: the loss as compiled kernels, or a reason why not."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -52,6 +54,15 @@ def test_a_compiled_loss_with_another_gradient_is_refused(smoke, monkeypatch, fa
     with pytest.raises(ValueError, match="differs"):
         compile_loss(run.model, config, *run.store.batch(1), torch.float32)
     assert "loss" not in vars(run.model)  # the eager loss is back
+
+
+def test_a_replay_that_is_not_a_number_is_refused(smoke, monkeypatch):
+    def replayed(function, **_):
+        factors = itertools.chain([1.0], itertools.repeat(math.nan))
+        return lambda *batch: function(*batch) * next(factors)
+
+    with pytest.raises(ValueError, match="its gradient differs by nan"):
+        prepared(smoke, monkeypatch, replayed, compile=True)
 
 
 @pytest.mark.slow

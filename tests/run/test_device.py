@@ -84,12 +84,19 @@ def test_float64_is_noticed():
         torch.ones(2).double()
 
 
-def test_a_device_that_computes_something_else_is_refused(smoke):
-    config = smoke()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_device_that_computes_something_else_is_refused(smoke, tied, part):
+    """On a new model, whose output matrices are zero, so that nothing before them shows."""
+    config = smoke(tie_word_embeddings=tied)
     model, ids = LanguageModel(config), torch.arange(65 * 2).view(2, 65) % 512
-    torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.weight, std=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     check_device(model, ids[:, :-1], ids[:, 1:])
-    layer = model.model.layers[0].mlp
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert tied or not after["lm_head.weight"].any()
+    layer = getattr(model.model.layers[0], part)
+    layer = getattr(layer, "o_proj" if part == "self_attn" else "down_proj")
     right = layer.forward
     layer.forward = lambda x: right(x) * 1.1
     with pytest.raises(UserError, match="The logits on cpu differ by .* Set device to cpu"):
