@@ -22,7 +22,8 @@ from lmlib.errors import Stopped, UserError
 
 TESTED = (2, 13)  # the torch version that several processes need
 LIMIT = 600  # seconds for any exchange while training; LMLIB_EXCHANGE_LIMIT in the environment
-PATIENCE = timedelta(hours=24)  # while rank 0 prepares the data
+PATIENCE = timedelta(hours=24)  # while rank 0 prepares the data or writes a checkpoint
+_patient: list[dist.ProcessGroup] = []  # the group that waits so long, from its first use
 
 
 class LocalError(UserError):
@@ -85,6 +86,7 @@ def join() -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+        _patient.clear()
 
 
 # ---- Values ----
@@ -106,25 +108,25 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 def agree(function: Callable[[], Any], only_first: bool = False, patient: bool = False) -> Any:
     """Call a function on every rank, or with `only_first` on rank 0, which sends its JSON result.
 
-    A UserError of one rank is raised on all of them, and names the rank and its machine. `patient`
-    ranks wait for a day.
+    A UserError of one rank is raised on all, with its rank and machine. `patient` ranks wait a day.
     """
     if world_size() == 1:
         return function()
     result, mine = None, None
     # Connected before rank 0 works, so that the others see at once if it dies.
-    group = dist.new_group(timeout=PATIENCE, backend="gloo") if patient else None
+    if patient and not _patient:
+        _patient.append(dist.new_group(timeout=PATIENCE, backend="gloo"))
     if is_first() or not only_first:
         try:
             result = function()
         except UserError as error:
             mine = error
-    found = gather([mine and str(mine), platform.node(), result if only_first else None], group)
+    found = gather([mine and str(mine), platform.node(), result if only_first else None],
+                   _patient[0] if patient else None)
     for number, (problem, machine, _) in enumerate(found):
-        if problem and number == rank():
-            raise mine
         if problem:
-            raise UserError(problem if number == 0 else f"{problem} (rank {number}, on {machine})")
+            raise mine if number == rank() else UserError(
+                problem if number == 0 else f"{problem} (rank {number}, on {machine})")
     return found[0][2] if only_first else result
 
 
@@ -143,9 +145,7 @@ def first_reason(reason: str) -> str:
     """Return the reason to stop of the lowest rank that has one, or ""; quick, for every step."""
     if world_size() == 1:
         return reason
-    mine = torch.zeros(64, dtype=torch.uint8)
-    content = reason.encode()[:64]
-    mine[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    mine = torch.tensor(list(reason.encode()[:64].ljust(64, b"\0")), dtype=torch.uint8)
     found = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(found, mine)
     return next((bytes(r.tolist()).rstrip(b"\0").decode() for r in found if r.any()), "")

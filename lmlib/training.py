@@ -285,13 +285,13 @@ def save(run: Run, scheduled: bool):
     """Save a checkpoint of the current step."""
     state = optim.state_tensors(run.model, run.optimizers)
     state = distributed.collect(state, optim.state_shapes(run.model, run.whole), run.owner_of_state)
+    distributed.agree(run.store.wait_until_verified, patient=True)
     with run.parallel.gathered():
-        distributed.agree(lambda: _save(run, state, scheduled), only_first=True)
+        distributed.agree(lambda: _save(run, state, scheduled), only_first=True, patient=True)
 
 
 def _save(run: Run, optimizer_state: dict[str, Tensor], scheduled: bool):
     progress, store = run.progress, run.store
-    store.wait_until_verified()
     progress.metrics_size, progress.timing = run.metrics.size(), run.throughput.state()
     run.saver.save(run.config.run_dir, model_tensors(run.model), optimizer_state, config=run.config,
                    tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.leaks,

@@ -38,6 +38,7 @@ def data(options: argparse.Namespace):
     print("\n" + _epochs(config, splits[0]) + "\n")
     for text in describe.samples(store):
         print(paint("> ", "dim") + printable(text).replace("\n", paint("\n> ", "dim")) + "\n")
+    store.wait_until_verified()
 
 
 def _epochs(config, training: "SplitSummary") -> str:

@@ -69,7 +69,7 @@ def write_splits(config: RunConfig, tokenizer: Any, folder: Path, kept: Path,
                      for pieces in shards.cut_shards(documents(corpus, config), shards.SIZE))
             find = partial(_find, kept, number, encoder)
             for text, shard, is_new in shards.in_order(texts, find, builder):
-                name = f"{number}-{len(part.table):05}"
+                name = _name(number, len(part.table))
                 if is_new:
                     shards.write_shard(kept / f"{name}.bin", text, shard)
                 is_enough = part.append(shard, {"shard": name, "text": text})
@@ -92,7 +92,11 @@ def write_splits(config: RunConfig, tokenizer: Any, folder: Path, kept: Path,
 
 
 def _find(kept: Path, part: int, encoder: Encoder, number: int, text: str) -> Shard | None:
-    return shards.read_shard(kept / f"{part}-{number:05}.bin", text, encoder.dtype)
+    return shards.read_shard(kept / f"{_name(part, number)}.bin", text, encoder.dtype)
+
+
+def _name(part: int, number: int) -> str:
+    return f"{part}-{number:05}"
 
 
 def _cores() -> int:
@@ -229,9 +233,9 @@ class Progress:
         print(f"{line}.", file=sys.stderr, flush=True)
 
 
-def _check_space(config: RunConfig, encoder: Encoder, folder: Path):
+def _check_space(config: RunConfig, encoder: Encoder, kept: Path):
     """Raise a UserError if the tokens of local files will not fit the disk, shards included."""
-    needed = 0.0
+    needed = -sum(file.stat().st_size for file in kept.glob("*.bin"))  # they are there already
     for corpus, _ in split_rules(config):
         size = text_size(corpus, config.text_column)
         sample = next((text for text, _ in documents(corpus, config)), "") if size else ""
@@ -240,11 +244,11 @@ def _check_space(config: RunConfig, encoder: Encoder, folder: Path):
             ids = encoder.tokenizer.encode(sample, add_special_tokens=False).ids
             tokens = size * len(ids) / len(sample.encode("utf-8", "replace"))
             needed += 2 * encoder.dtype.itemsize * min(tokens, 2 * (config.max_tokens or tokens))
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(kept).free
     if needed > free:
         raise UserError(
-            f"The tokens of {config.corpus} need about {needed / 1e9:.1f} GB while they are "
-            f"prepared, and {folder.parent} has {free / 1e9:.1f} GB free: free some space, choose "
+            f"The tokens of {config.corpus} need about {needed / 1e9:.1f} GB more while they are "
+            f"prepared, and {kept.parent} has {free / 1e9:.1f} GB free: free some space, choose "
             "another output_dir, or set max_tokens.")
 
 
@@ -270,17 +274,23 @@ def repair(config: RunConfig, tokenizer: Any, folder: Path) -> list[str] | None:
                     (split, place[split], count))
             place[split] += count
     for number, (corpus, rule) in enumerate(split_rules(config)):
-        for index, pieces in enumerate(shards.cut_shards(documents(corpus, config), shards.SIZE)):
-            if found := damaged.get(f"{number}-{index:05}"):
-                text = Text(*pieces, rule, set(SPLITS))
-                if text.sha256 != found[0]:
+        left = {name for name in damaged if name.startswith(f"{number}-")}
+        texts = shards.cut_shards(documents(corpus, config), shards.SIZE)
+        for index, pieces in enumerate(texts if left else ()):
+            name = _name(number, index)
+            if name in left:
+                text, parts = Text(*pieces, rule, set(SPLITS)), damaged[name][1]
+                if text.sha256 != damaged[name][0]:
                     return None
                 shard = shards.build_shard(text, encoder)
-                for split, start, count in found[1]:
+                for split, start, count in parts:
                     with open(folder / STREAMS[split], "r+b") as file:
                         file.seek(start * encoder.dtype.itemsize)
                         shard.tokens[SPLITS.index(split)][:count].tofile(file)
                         os.fsync(file.fileno())
+                left.remove(name)
+                if not left:
+                    break  # with max_tokens the corpus may have no end
     (folder / "damaged").unlink(missing_ok=True)
     return None if damage(folder) else sorted(damaged)
 

@@ -93,23 +93,27 @@ def documents(corpus: str, config: RunConfig) -> Iterator[tuple[str, int | None]
         source = (f"The Hugging Face dataset {corpus} (configuration {config.corpus_config}, "
                   f"split {config.corpus_split})")
         rows = _dataset_rows(source, corpus, config)
-        yield from ((text, None) for text in _column(rows, config.text_column, source)
-                    if text.strip())
+        for text in _with_text(_column(rows, config.text_column, source), source):
+            yield text, None
     empty = []
     for number, file in enumerate(files or []):
-        is_cut, count = corpus != "shakespeare" and file.suffix.lower() == ".txt", 0
-        for text in _file_documents(file, corpus, config.text_column):
-            if text.strip():
-                count += 1
-                if len(text) > LONGEST_DOCUMENT:
-                    raise UserError(f"Document {count} of {file} has {len(text):,} characters, "
-                                    f"more than the {LONGEST_DOCUMENT:,} that memory is planned "
-                                    "for: divide it.")
-                yield text, number if is_cut else None
-        empty += [] if count else [file.name]
+        is_cut, is_empty = corpus != "shakespeare" and file.suffix.lower() == ".txt", True
+        for text in _with_text(_file_documents(file, corpus, config.text_column), str(file)):
+            is_empty = False
+            yield text, number if is_cut else None
+        empty += [file.name] if is_empty else []
     if 0 < len(empty) < len(files or []):  # where all are, the corpus is an error
         warnings.warn(f"{len(empty)} of the {len(files)} files of {corpus} have no documents: "
                       f"{', '.join(empty[:10])}.", stacklevel=2)
+
+
+def _with_text(texts: Iterator[str], source: str) -> Iterator[str]:
+    """Yield the documents that have text; raise a UserError at one that is too long."""
+    for number, text in enumerate(filter(str.strip, texts), 1):
+        if len(text) > LONGEST_DOCUMENT:
+            raise UserError(f"Document {number} of {source} has {len(text):,} characters, more "
+                            f"than the {LONGEST_DOCUMENT:,} that memory is planned for: divide it.")
+        yield text
 
 
 def _file_documents(file: Path, corpus: str, column: str) -> Iterator[str]:
@@ -178,7 +182,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            for batch in table.iter_batches(1000, columns=[column] if column in names else names):
+            for batch in table.iter_batches(64, columns=[column] if column in names else names):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
@@ -203,17 +207,22 @@ def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[st
 
 def _column(rows: Iterator[dict[str, Any]], column: str, source: str) -> Iterator[str]:
     """Yield the text in a column, without nulls."""
-    first = list(islice(rows, 1000))
-    if first and not any(column in row for row in first):
-        names = ", ".join(dict.fromkeys(name for row in first for name in row))
-        raise UserError(f"{source} has no column {column!r}; set text_column to one of: {names}.")
-    for row in chain(first, rows):
+    is_found, others = False, {}
+    for number, row in enumerate(rows):
+        is_found |= column in row
+        if not is_found:
+            others |= dict.fromkeys(row)
+            if number == 999:
+                break
         text = row.get(column)
         if isinstance(text, str):
             yield text.encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
         elif text is not None:
             kind = type(text).__name__
             raise UserError(f"The column {column!r} of {source} holds {kind}, not text.")
+    if others and not is_found:
+        raise UserError(f"{source} has no column {column!r}; set text_column to one of: "
+                        f"{', '.join(others)}.")
 
 
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
@@ -284,9 +293,11 @@ def text_size(corpus: str, column: str) -> int | None:
         sizes[file.suffix.lower()] += file.stat().st_size
     if sizes.get(".jsonl", 0) > 2**26:  # other columns and escapes are no text
         first = next(file for file in files if file.suffix.lower() == ".jsonl")
-        rows = list(islice(_json_rows(first), 1000))
-        whole = sum(len(json.dumps(row, ensure_ascii=False)) for row in rows)
-        sizes[".jsonl"] *= sum(len(str(row.get(column) or "")) for row in rows) / max(1, whole)
+        text, whole = 0, 1
+        for row in islice(_json_rows(first), 1000):
+            text += len(str(row.get(column) or ""))
+            whole += len(json.dumps(row, ensure_ascii=False))
+        sizes[".jsonl"] *= text / whole
     if ".parquet" in sizes:  # compressed: about a third of its text
         sizes[".parquet"] *= 3
     return int(sum(sizes.values()))

@@ -6,6 +6,7 @@ and store.json, which is written last and has a hash of everything.
 
 import hashlib
 import json
+import platform
 import shutil
 import uuid
 import warnings
@@ -19,16 +20,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from lmlib.config import RunConfig
+from lmlib.data import verify
 from lmlib.data.build import repair, write_splits
 from lmlib.data.corpus import corpus_files, split_documents
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
-from lmlib.data.verify import SPLITS, STREAMS, damage, write_info
+from lmlib.data.verify import SHARDS, SPLITS, STREAMS, damage, write_info
 from lmlib.errors import UserError
-from lmlib.files import file_sha256, read_mapping, sync_folder
+from lmlib.files import file_sha256, flush, read_mapping, sync_folder, write_json
 
 STORE_FORMAT = 2
-SHARDS = ".draft-shards"  # ending of the folder with the shards of a store that is being built
+IDENTITY = "identity.json"  # of the tokenizer that is kept with the shards
 
 
 def prepare(config: RunConfig, tokenizer: str | None = None,
@@ -78,8 +80,29 @@ def _corpus_identity(config: RunConfig, corpus: str) -> list[Any]:
     files = corpus_files(corpus)
     if files is None:
         return [corpus, config.corpus_config, config.corpus_split]
-    contents = "".join(file.suffix.lower() + file_sha256(file) for file in files)
+    hashes = _file_hashes(files, config.run_dir.parent / ".tokens")
+    contents = "".join(file.suffix.lower() + of for file, of in zip(files, hashes, strict=True))
     return [len(files), hashlib.sha256(contents.encode()).hexdigest()]
+
+
+def _file_hashes(files: list[Path], stores: Path) -> list[str]:
+    """Return the SHA-256 of each file of a corpus.
+
+    Files of more than AT_ONCE bytes in all are read once per machine, and those whose size or time
+    of change differs are read again.
+    """
+    stats = [file.stat() for file in files]
+    if sum(stat.st_size for stat in stats) <= verify.AT_ONCE:
+        return list(map(file_sha256, files))
+    cache, names = stores / f"corpora-{platform.node()}.json", map(str, map(Path.resolve, files))
+    before = read_mapping(cache)
+    now = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)}
+    found = {name: [*known, before[name][2] if before.get(name, [])[:2] == known else
+                    file_sha256(Path(name))] for name, known in now.items()}
+    if any(before.get(name) != value for name, value in found.items()):
+        stores.mkdir(parents=True, exist_ok=True)
+        write_json(cache, before | found)
+    return [value[2] for value in found.values()]
 
 
 def _recipe_of_tokenizer(config: RunConfig, name: str) -> Any:
@@ -165,7 +188,7 @@ def _build(config: RunConfig, tokenizer_name: str, identity: dict[str, Any], fol
         sync_folder(folder.parent)
         shutil.rmtree(kept)
     except UserError as error:
-        if not list(kept.glob("*.json")):
+        if not list(kept.glob("*.bin")):
             shutil.rmtree(kept)
             raise
         raise UserError(f"{error}\nWhat was tokenized before is kept: the same command continues "
@@ -175,15 +198,27 @@ def _build(config: RunConfig, tokenizer_name: str, identity: dict[str, Any], fol
 
 
 def _trained_tokenizer(config: RunConfig, folder: Path) -> Any:
-    """Train the run's tokenizer, unless a preparation that was killed has saved it."""
+    """Train the run's tokenizer, unless a preparation that was killed has saved it.
+
+    The shards that were built with one that is damaged by now are deleted.
+    """
     if folder.exists():
-        return load_tokenizer(str(folder))
+        with suppress(UserError):
+            tokenizer = load_tokenizer(str(folder))
+            if read_mapping(folder / IDENTITY).get("tokenizer") == tokenizer_identity(tokenizer):
+                return tokenizer
+        warnings.warn(f"The tokenizer in {folder} is damaged; it is trained again.", stacklevel=4)
+        for path in folder.parent.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     training = (document.text for stream in split_documents(config)
                 for document in stream if document.split == "training")
     # 200 million characters are plenty for merges, and bound the memory.
     tokenizer = train_tokenizer(_up_to(200_000_000, training), config.vocab_size)
     draft = folder.with_name("tokenizer.draft")
     tokenizer.save_pretrained(draft)
+    write_json(draft / IDENTITY, {"tokenizer": tokenizer_identity(load_tokenizer(str(draft)))})
+    for file in draft.iterdir():
+        flush(file)
     draft.rename(folder)
     return tokenizer
 

@@ -154,7 +154,7 @@ def _done(result: Shard) -> Future:
 
 
 class Builder:
-    """Builds shards: the first SIZE characters here, what follows in so many other processes.
+    """Builds shards: the first SIZE characters here, what follows in `workers` other processes.
 
     They are started when they are needed, and end when this object is closed or this process dies.
     """
@@ -183,7 +183,10 @@ class Builder:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PACKAGE,
                 env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"})
             self.processes.append(process)
-            _send(process.stdin, [tokenizer.to_str(), end, dtype.name])
+            try:
+                _send(process.stdin, [tokenizer.to_str(), end, dtype.name])
+            except OSError:
+                raise _failure(process) from None
             self.idle.put(process)
 
     def _ask(self, text: Text) -> Shard:
@@ -195,9 +198,7 @@ class Builder:
                       in ((count, DOCUMENT), *((n, self.encoder.dtype) for n in sizes))]
             return Shard(arrays[0], arrays[1:])
         except (OSError, EOFError, ValueError):
-            raise UserError(f"A process that tokenized text ended with status {process.wait()}, "
-                            "perhaps for lack of memory: use fewer (lmlib data RECIPE --workers 1) "
-                            "or divide large documents.") from None
+            raise _failure(process) from None
         finally:
             self.idle.put(process)
 
@@ -210,6 +211,13 @@ class Builder:
             with suppress(OSError):  # what it still buffers has no reader
                 process.stdin.close()
             process.wait()
+
+
+def _failure(process: subprocess.Popen) -> UserError:
+    status = process.wait()
+    why = ("It was killed, perhaps for lack of memory: use fewer (lmlib data RECIPE --workers 1) "
+           "or divide large documents." if status < 0 else "Its error is above.")
+    return UserError(f"A process that tokenized text ended with status {status}. {why}")
 
 
 def _send(stream: BinaryIO, value: Any, arrays: Iterable[np.ndarray] = ()):

@@ -83,8 +83,8 @@ class TokenStore:
         """Raise a ValueError if the files are not what was written; see `verify_later`."""
         if self.verification is not None and (changed := self.verification.result()):
             raise UserError(f"The token cache {self.folder} is damaged ({changed}), so nothing "
-                            "that was trained on it is saved. Run the same command again: it is "
-                            "built again, and the run resumes from its last checkpoint.")
+                            "that was trained on it is saved. Run the same command again: what is "
+                            "damaged is built again, and a run resumes from its last checkpoint.")
 
     def describe(self) -> str:
         """Describe the splits in a few lines."""

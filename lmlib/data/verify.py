@@ -6,6 +6,7 @@ the stream is divided into files.
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ STREAMS = {"training": "train.bin", "validation": "validation.bin", "test": "tes
 # Of training: the sorted hashes. Of the others: a row of (hash, key of its statistical unit,
 # tokens) per document. All are little-endian uint64.
 DOCUMENTS = {split: f"{split}_documents.bin" for split in SPLITS}
+
+SHARDS = ".draft-shards"  # ending of the folder with the shards of a store that is being built
 
 PIECE = 256 * 2**20  # bytes
 AT_ONCE = 4 * 10**9  # bytes that are verified before a run starts; more: while it trains
@@ -52,8 +55,6 @@ def damage(folder: Path) -> str:
     Token streams of more than AT_ONCE bytes are compared by size alone: see `verify_later`.
     """
     info = read_mapping(folder / "store.json")
-    with suppress(OSError):
-        return (folder / "damaged").read_text()  # found by `verify_later`
     try:
         if info.pop("digest") != _digest(info):
             return "store.json"
@@ -69,14 +70,21 @@ def damage(folder: Path) -> str:
         return f"{Path(error.filename).name} is missing"
     except (OSError, KeyError, TypeError, AttributeError):
         return "store.json"
-    return _changed_stream(folder, info) if sum(sizes.values()) <= AT_ONCE else ""
+    if sum(sizes.values()) <= AT_ONCE:
+        return _changed_stream(folder, info)
+    with suppress(OSError):
+        return (folder / "damaged").read_text()  # by `verify_later`
+    return ""
 
 
 def verify_later(folder: Path, info: dict[str, Any]) -> Future | None:
     """Verify a store of more than AT_ONCE bytes in a thread, once per machine.
 
-    The result is the name of a changed file, or "". None: it is verified already.
+    The result is the name of a changed file, or "". None: it is verified already, or by the first
+    process of a launcher on this machine.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
     sizes = [(folder / name).stat() for name in STREAMS.values()]
     if sum(size.st_size for size in sizes) <= AT_ONCE:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lmlib.data.verify import SHARDS
 from lmlib.files import read_mapping
 from lmlib.run.lock import is_running
 
@@ -105,6 +106,9 @@ def _why_unused(folder: Path, is_used: bool) -> str:
                 return ""  # a process is building it
     if STORE.fullmatch(folder.name):
         return "" if is_used else "tokens that no run uses"
+    if folder.name.endswith(SHARDS):  # the same command would continue from them
+        is_old = time.time() - folder.stat().st_mtime > 7 * DAY
+        return "shards of a preparation that was interrupted a week ago or more" if is_old else ""
     if DRAFT.fullmatch(folder.name):
         return "draft of tokens whose build ended early"
     if old := OLD_DRAFT.fullmatch(folder.name):

@@ -29,8 +29,9 @@ def open_together(start: Start) -> TokenStore:
         **fixed, "checkpoint": start.step, "commit": git_commit(), "code": source_hash(),
         "torch": torch.__version__,
         "device": start.device.type, "dtype": str(start.dtype), "threads": torch.get_num_threads()})
-    distributed.agree(lambda: open_store(start).folder.name, only_first=True, patient=True)
-    store = distributed.agree(lambda: open_store(start), patient=True)  # each verifies its own
+    opened: list[TokenStore] = []
+    distributed.agree(lambda: opened.append(open_store(start)), only_first=True, patient=True)
+    store = distributed.agree(lambda: opened[0] if opened else open_store(start), patient=True)
     distributed.check_equal({"data": data_hash(store.info)})
     return store
 

@@ -460,6 +460,12 @@ def test_a_large_store_is_verified_while_training_and_once_per_machine(small, mo
     damaged = prepare(small)
     with pytest.raises(ValueError, match=r"damaged \(train.bin\), so nothing .* is saved"):
         damaged.wait_until_verified()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of several processes here the first verifies
+    (store.folder / "damaged").unlink()
+    assert prepare(small).verification is None
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="damaged"):
+        prepare(small).wait_until_verified()
     with pytest.warns(UserWarning, match="is built again"):
         prepare(small).wait_until_verified()
 

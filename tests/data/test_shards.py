@@ -1,6 +1,7 @@
 """Preparing a corpus in shards: the bytes of one pass, whatever happens on the way."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 from process import wait_until
 
 from lmlib.config import RunConfig
-from lmlib.data import build, corpus, shards
+from lmlib.data import build, corpus, shards, verify
 from lmlib.data import prepare as prepare_module
 from lmlib.data.build import repair
 from lmlib.data.corpus import corpus_files
@@ -234,6 +235,43 @@ def test_only_the_damaged_shards_of_a_store_are_built_again(corpora, tmp_path, i
     assert len(in_process) == (whole if what == "gone" else 1)
 
 
+def endless(*given, **options):
+    for number in itertools.count():
+        if number > 20_000:
+            raise AssertionError("a dataset without an end is read further than it is needed")
+        yield {"text": f"Document {number}. " + "To be, or not to be, that is the question. " * 5}
+
+
+def test_a_repair_reads_no_further_than_the_last_damaged_shard(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", endless)
+    config = RunConfig.load(
+        SMOKE,
+        output_dir=str(tmp_path),
+        corpus="owner/name",
+        validation_corpus="owner/other",
+        max_tokens=100_000,
+        tokenizer=_gpt2_like(tmp_path),
+    )
+    folder = prepare_here(config)
+    before = content(folder)
+    in_process.clear()
+    for name in ("train.bin", "test.bin"):
+        damage(folder / name, 5000)
+    with pytest.warns(UserWarning, match="is built again .of its shards: 0-00000, 1-"):
+        prepare_here(config)
+    assert content(folder) == before and len(in_process) == 2
+
+
+def test_a_marked_store_whose_description_is_gone_is_built_again(corpora, tmp_path, in_process):
+    config = config_of("rows", corpora, tmp_path)
+    folder = prepare_here(config)
+    (folder / "damaged").write_text("train.bin")
+    (folder / "store.json").write_text("{")
+    with pytest.warns(UserWarning, match="store.json.*is built again"):
+        prepare_here(config)
+    assert content(folder) == GOLDEN["rows"]
+
+
 def test_a_store_is_built_as_a_whole_where_its_source_has_changed(corpora, tmp_path, in_process):
     file = tmp_path / "rows.jsonl"
     shutil.copy(corpora / "rows.jsonl", file)
@@ -272,6 +310,38 @@ def test_a_shard_that_is_damaged_before_the_end_is_named_and_built_again(
 
 def _interrupt(*given):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name, other", [("tokenizer.json", "{"), ("identity.json", "{}")])
+def test_a_kept_tokenizer_that_is_damaged_is_trained_again(
+    corpora, tmp_path, in_process, monkeypatch, name, other
+):
+    config = config_of("rows", corpora, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_info", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_here(config)
+    [kept] = tmp_path.glob(".tokens/*.draft-shards")
+    built = len(in_process)
+    (kept / "tokenizer" / name).write_text(other)
+    with pytest.warns(UserWarning, match="The tokenizer in .* is damaged; it is trained again"):
+        folder = prepare_here(config)
+    assert content(folder) == GOLDEN["rows"] and len(in_process) == 2 * built
+
+
+def test_a_worker_that_fails_says_why(corpora, tmp_path, small_shards, monkeypatch):
+    """By its own error, or by the memory that it may have lacked."""
+    popen, script = subprocess.Popen, ["raise SystemExit('no such library')"]
+
+    def start_another(command, **options):
+        return popen([command[0], "-c", *script], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_another)
+    with pytest.raises(UserError, match=r"ended with status 1\. Its error is above\."):
+        prepare(config_of("rows", corpora, tmp_path), workers=1)
+    script[:] = ["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    with pytest.raises(UserError, match=r"ended with status -9\. It was killed, perhaps for lack"):
+        prepare(config_of("rows", corpora, tmp_path), workers=1)
 
 
 def test_a_download_that_breaks_keeps_what_was_tokenized(
@@ -313,9 +383,43 @@ def _gpt2_like(folder: Path) -> str:
 def test_the_disk_is_looked_at_first(corpora, tmp_path, small_shards, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match="need about 0.0 GB .* free some space"):
+    with pytest.raises(UserError, match="need about 0.0 GB more .* free some space"):
         prepare(config_of("rows", corpora, tmp_path))
     assert small_shards == [] and not list(tmp_path.glob(".tokens/*/"))
+
+
+def test_shards_that_are_kept_need_no_space_again(corpora, tmp_path, small_shards, monkeypatch):
+    config = config_of("rows", corpora, tmp_path)
+    monkeypatch.setattr(prepare_module, "write_info", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_here(config)
+    [kept] = tmp_path.glob(".tokens/*.draft-shards")
+    size = sum(file.stat().st_size for file in kept.glob("*.bin"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.3 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(KeyboardInterrupt):  # it comes to the end, not to a lack of space
+        prepare_here(config)
+    for file in kept.glob("*.bin"):
+        file.unlink()
+    with pytest.raises(UserError, match="GB more"):
+        prepare_here(config)
+
+
+def test_a_large_corpus_is_hashed_once_per_machine(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "AT_ONCE", 1000)
+    file = shutil.copy(corpora / "rows.jsonl", tmp_path / "rows.jsonl")
+    config = config_of("rows", tmp_path, tmp_path)
+    folder, hashed = prepare_here(config), []
+    monkeypatch.setattr(prepare_module, "file_sha256", lambda path: hashed.append(path) or "new")
+    assert prepare_module.store_identity(config, "train") == store_info(folder)["identity"]
+    assert hashed == []
+    file.write_text(file.read_text("utf-8").replace("a", "o", 1), "utf-8")  # of the same size
+    assert prepare_module.store_identity(config, "train") != store_info(folder)["identity"]
+    assert hashed == [file.resolve()]
+
+
+def store_info(folder: Path) -> dict:
+    return json.loads((folder / "store.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["line.txt", "row.jsonl", "array.jsonl", "document.jsonl"])
@@ -332,6 +436,24 @@ def test_a_document_that_memory_cannot_hold_is_an_error(tmp_path, monkeypatch, n
     config = RunConfig.load(SMOKE, output_dir=str(tmp_path / "out"), corpus=str(tmp_path / name))
     with pytest.raises(UserError, match="divide it|one object a line"):
         prepare(config)
+
+
+def test_a_row_of_a_dataset_that_memory_cannot_hold_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 2_000)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"text": "a " * 2000}]))
+    config = RunConfig.load(SMOKE, output_dir=str(tmp_path), corpus="owner/name")
+    with pytest.raises(UserError, match="Document 1 of The Hugging Face dataset .*divide it"):
+        prepare(config)
+
+
+def test_rows_are_read_one_at_a_time():
+    """Also before the first that has the column."""
+    taken = []
+    rows = (taken.append(n) or {"text": "a"} | ({"id": n} if n else {}) for n in range(10))
+    texts = corpus._column(rows, "id", "the file")
+    with pytest.raises(UserError, match="holds int"):
+        next(texts)
+    assert taken == [0, 1]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):

@@ -475,13 +475,28 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
         page.wait_for_function(f"{chart}.layout.yaxis.type === 'linear'", timeout=20000)
     except Exception:
         page.screenshot(path="/tmp/fl1.png")
-        print("FLAKE", page.get_by_label("log loss").is_checked(), page.evaluate("[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')].map(e=>e.outerHTML)"), page.evaluate("document.querySelectorAll('.js-plotly-plot').length"))
+        print(
+            "FLAKE",
+            page.get_by_label("log loss").is_checked(),
+            page.evaluate(
+                "[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')].map(e=>e.outerHTML)"
+            ),
+            page.evaluate("document.querySelectorAll('.js-plotly-plot').length"),
+        )
         page.get_by_label("log loss").click()
         page.wait_for_timeout(5000)
-        print("second", page.get_by_label("log loss").is_checked(), page.evaluate(f"{chart}.layout.yaxis.type"))
+        print(
+            "second",
+            page.get_by_label("log loss").is_checked(),
+            page.evaluate(f"{chart}.layout.yaxis.type"),
+        )
         page.get_by_label("log loss").click()
         page.wait_for_timeout(5000)
-        print("third", page.get_by_label("log loss").is_checked(), page.evaluate(f"{chart}.layout.yaxis.type"))
+        print(
+            "third",
+            page.get_by_label("log loss").is_checked(),
+            page.evaluate(f"{chart}.layout.yaxis.type"),
+        )
         page.screenshot(path="/tmp/fl2.png")
         raise
     page.close()
@@ -528,8 +543,8 @@ def test_opening_and_saving_a_notebook_changes_no_byte(browser, lab_folder, lab)
     shutil.copy(committed, copy)
     page, before = opened(browser, lab, "kept"), copy.stat().st_mtime_ns
     page.locator("[data-command='docmanager:save']").first.click()
-    for _ in range(300):  # until the file is written
-        if copy.stat().st_mtime_ns != before:
+    for _ in range(300):  # until the file is written, to its last byte
+        if copy.stat().st_mtime_ns != before and copy.read_bytes().endswith(b"}\n"):
             break
         page.wait_for_timeout(100)
     else:

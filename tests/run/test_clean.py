@@ -99,15 +99,21 @@ def test_drafts_are_found_once_their_builder_is_gone(tmp_path):
         "alive": f"{KEYS[2]}.{os.getpid()}-01234567",
         "aged": f"{KEYS[3]}.{os.getpid()}-01234567",
         "damaged": f"{KEYS[4]}.damaged",
+        "kept": f"{KEYS[1]}.draft-shards",
+        "forgotten": f"{KEYS[2]}.draft-shards",
     }
     for name in drafts.values():
         write_store(tokens / name)
     long_ago = time.time() - 2 * 24 * 60 * 60
     os.utime(tokens / drafts["aged"], (long_ago, long_ago))
+    long_ago -= 6 * 24 * 60 * 60
+    os.utime(tokens / drafts["forgotten"], (long_ago, long_ago))
     with FileLock(tokens / f"{KEYS[0]}.lock"):  # it is being built
         building = sorted(found(tmp_path))
-    assert building == [f".tokens/{drafts[name]}" for name in ("dead", "aged", "damaged")]
-    names = ("new", "dead", "aged", "damaged")
+    assert building == [
+        f".tokens/{drafts[name]}" for name in ("dead", "forgotten", "aged", "damaged")
+    ]
+    names = ("new", "dead", "forgotten", "aged", "damaged")
     assert sorted(found(tmp_path)) == [f".tokens/{drafts[name]}" for name in names]
 
 
