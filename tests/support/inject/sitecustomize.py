@@ -3,8 +3,8 @@
 Also hide what draws the curves at the end of a run, which takes seconds.
 
 LMLIB_FAULT is JSON: "rank", the "function" ("module:name") that is wrapped, the number of the
-"call" before which the fault happens, "do" (the name of a signal, or "full": no disk space), and
-the file "mark", which says that it has happened.
+"call" before which the fault happens, "do" (the name of a signal, "full": no disk space, or "slow":
+ten seconds), and the file "mark", which says that it has happened.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -28,7 +29,10 @@ def plant(rank: int, function: str, call: int, do: str, mark: str):
             Path(mark).touch()
             if do == "full":
                 raise OSError(28, "No space left on device")
-            os.kill(os.getpid(), getattr(signal, do))
+            if do == "slow":
+                time.sleep(10)
+            else:
+                os.kill(os.getpid(), getattr(signal, do))
         return whole(*arguments, **options)
 
     setattr(module, name, wrapped)
