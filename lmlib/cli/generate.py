@@ -114,10 +114,11 @@ def _chat(session: Session):
         raise UserError(f"{session.run} has no chat template, so it was not trained to answer: "
                         "docs/finetuning.md says how to do that. --mode interactive continues "
                         "any text.")
-    example = [{"role": role, "content": "x"} for role in ("user", "assistant")]
-    ids = tokenizer.apply_chat_template(example, return_dict=False)
+    turn = [{"role": role, "content": "An example."} for role in ("user", "assistant")]
+    after = _rendered(session, turn, tokenize=False).rpartition("An example.")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     if ends := [id for id in ids if id in tokenizer.all_special_ids]:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])  # it ends an answer
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])  # it ends an answer
     print("Each line is a turn. Ctrl-C stops an answer; quit ends the chat.\n")
     for line in filter(str.strip, _typed_lines("🧑 You: ")):
         with _errors_shown():
@@ -126,13 +127,23 @@ def _chat(session: Session):
 
 def _answer(session: Session, turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Print the model's answer; return the turns with it, and without the oldest if too long."""
+    window = session.model.config.sequence_length
+    room = window - min(session.settings.max_new_tokens, window // 2)
     while True:
-        ids = session.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=False)
-        if len(ids) < session.model.config.sequence_length or len(turns) == 1:
+        ids = _rendered(session, turns, add_generation_prompt=True, return_dict=False)
+        if len(ids) <= room or len(turns) == 1:
             text = _print_continuation(session, "🤖 ", ids)
             return [*turns, {"role": "assistant", "content": text}]
         turns = turns[2:]
+
+
+def _rendered(session: Session, turns: list[dict[str, str]], **options: Any) -> Any:
+    """Return turns in the form of the chat template: as text, or as token ids."""
+    from jinja2 import TemplateError
+    try:
+        return session.tokenizer.apply_chat_template(turns, **options)
+    except TemplateError as error:
+        raise UserError(f"The chat template of {session.run} fails: {error}") from error
 
 
 def _execute(session: Session, line: str):
@@ -192,14 +203,22 @@ def _generate(session: Session):
 
 
 def _print_continuation(session: Session, start: str, ids: list[int]) -> str:
-    """Print a continuation as it is generated, then its speed and why it ended; return its text."""
-    model, began = session.model, time.monotonic()
+    """Print a continuation as it is generated, then its speed and why it ended.
+
+    Returns its text; after Ctrl-C what there is of it.
+    """
+    model, began, said = session.model, time.monotonic(), ""
     print(start, end="", flush=True)
-    for [text] in generation.generate_ids(model, session.tokenizer, [ids], session.settings):
-        print(printable(text.piece), end="", flush=True)
+    try:
+        for [text] in generation.generate_ids(model, session.tokenizer, [ids], session.settings):
+            print(printable(text.piece), end="", flush=True)
+            said += text.piece
+    except KeyboardInterrupt:
+        print("\n(stopped)\n")
+        return said
     seconds = time.monotonic() - began
     print(f"\n({generation.describe_continuation(text, model.config.sequence_length, seconds)})\n")
-    return text.text
+    return said
 
 
 def _batch(session: Session, options: argparse.Namespace, prompts: list[str]):

@@ -52,7 +52,7 @@ def missing_packages(what: str, error: ModuleNotFoundError) -> str:
     extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
     if extra is None:
         raise error
-    return f"{what} needs the {extra} packages: pip install -e '.[{extra}]'."
+    return f'{what} needs the {extra} packages: pip install -e ".[{extra}]".'
 
 
 def parser() -> argparse.ArgumentParser:

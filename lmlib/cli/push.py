@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 
@@ -12,10 +13,11 @@ from lmlib.cli.display import confirm, format_size
 from lmlib.data.tokenizer import load_tokenizer
 from lmlib.errors import UserError
 from lmlib.leaks import known_leaks
+from lmlib.model import card
 from lmlib.model.huggingface import read_config
 from lmlib.text import printable
 
-PICKLES = {".bin", ".pt", ".pth"}  # what trainers leave beside model.safetensors; it may run code
+SENT = {".safetensors", ".json", ".jinja", ".txt", ".md", ".png", ".model"}  # none can run code
 
 
 def push(options: argparse.Namespace) -> int:
@@ -42,11 +44,17 @@ def push(options: argparse.Namespace) -> int:
     if found and not found.private and not options.public:
         raise UserError(f"{name} exists and is public: add --public, or choose another name.")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."
-                   and (path.suffix not in PICKLES or path.name == "lineage.bin"))
-    for path in files:
-        print(f"{format_size(path.stat().st_size):>9}  {printable(path.name)}")
-    size, is_private = sum(path.stat().st_size for path in files), found.private if found else (
-        not options.public)
+                   and (path.suffix in SENT or path.name == "lineage.bin"))
+    sent: dict[str, Path | bytes] = {path.name: path for path in files}
+    if leaks:
+        sent["README.md"] = card.marked(folder, leaks).encode()
+    sizes = {file: len(content) if isinstance(content, bytes) else content.stat().st_size
+             for file, content in sent.items()}
+    for file, size in sizes.items():
+        print(f"{format_size(size):>9}  {printable(file)}")
+    if "README.md" not in sent:
+        print("There is no model card (README.md) in this folder.")
+    size, is_private = sum(sizes.values()), found.private if found else not options.public
     print(f"{format_size(size):>9}  in all, from {printable(str(folder))}, to the "
           f"{'private' if is_private else 'PUBLIC'} repository {printable(name)}, which "
           f"{'exists: files of these names are replaced' if found else 'is made'}.")
@@ -58,7 +66,7 @@ def push(options: argparse.Namespace) -> int:
     with _hub_errors(name):
         if not found:
             api.create_repo(name, private=not options.public)
-        api.create_commit(name, [CommitOperationAdd(path.name, path) for path in files],
+        api.create_commit(name, [CommitOperationAdd(*item) for item in sent.items()],
                           commit_message=f"{folder.name}, by lmlib push")
     print(f"Sent: {api.endpoint}/{name}")
     return 0
@@ -70,11 +78,13 @@ def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, errors.HTTPError, RuntimeError) as error:  # the last: in a file's upload
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+        [status, *_] = [*(of.status_code for of in answers if of is not None), None]
+        advice = "Is there a network? The same command tries again."
         if status in (401, 403):
             advice = ("Is the token valid, may it write, and is OWNER yours? `hf auth login` takes "
                       "another one.")
-        else:
-            advice = "Is there a network? The same command tries again."
+        elif status:
+            advice = f"The Hub answered with status {status}."
         raise UserError(f"{name} could not be sent: {' '.join(str(error).split())} {advice}"
                         ) from error

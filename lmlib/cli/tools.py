@@ -15,13 +15,13 @@ def benchmark(options: argparse.Namespace):
     if "all" in steps and not (steps := checkpoint.checkpoint_steps(run_dir)):
         raise UserError(f"{options.run} has no checkpoints, so --steps all is none.")
     warn_of_leaks(run_dir)
-    header = paint(f"{'step':>7}  {'task':<16}{'metric':<14}{'score':>8}{'± 1 SE':>9}{'chance':>9}"
-                   f"{'items':>8}{'documents':>11}\n", "bold")
+    header = paint(f"{'step':>7}  {'task':<16} {'metric':<13} {'score':>7}{'± 1 SE':>9}"
+                   f"{'chance':>9}{'items':>8}{'documents':>11}\n", "bold")
     for step, scores in score(run_dir, steps, options.tasks, options.text):
         for s in scores:
             error = "-" if s["stderr"] is None else f"{s['stderr']:.4f}"
-            print(f"{header}{'-' if step is None else step:>7}  {s['task']:<16}{s['metric']:<14}"
-                  f"{s['score']:>8.4f}{error:>9}{s['chance']:>9.4f}{s['items']:>8}"
+            print(f"{header}{'-' if step is None else step:>7}  {s['task']:<16} {s['metric']:<13} "
+                  f"{s['score']:>7.4f}{error:>9}{s['chance']:>9.4f}{s['items']:>8}"
                   f"{s['clusters']:>11}", flush=True)
             header = ""
 

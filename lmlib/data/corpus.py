@@ -79,7 +79,7 @@ def name_and_license(corpus: str) -> tuple[str, str]:
         license = metadata_load(card)["license"]
     except Exception:  # no card, or a malformed one, in any of many ways
         license = None
-    return corpus if of_hub else path.name, str(license or "unknown")
+    return corpus if of_hub else path.resolve().name, str(license or "unknown")
 
 
 def documents(corpus: str, config: RunConfig) -> Iterator[tuple[str, int | None]]:
@@ -178,7 +178,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
         from pyarrow import parquet
     except ImportError:
         raise UserError("Reading .parquet files needs the package pyarrow: "
-                        "pip install -e '.[notebook]'.") from None
+                        'pip install -e ".[notebook]".') from None
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -194,7 +194,7 @@ def _dataset_rows(source: str, name: str, config: RunConfig) -> Iterator[dict[st
         import datasets
     except ImportError:
         raise UserError("Reading Hugging Face datasets needs the package datasets: "
-                        "pip install -e '.[notebook]'.") from None
+                        'pip install -e ".[notebook]".') from None
     from huggingface_hub import errors
     try:
         yield from datasets.load_dataset(name, config.corpus_config, split=config.corpus_split,

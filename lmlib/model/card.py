@@ -40,6 +40,17 @@ def write_card(folder: Path, config: RunConfig, scores: dict[str, Any]):
     ModelCard("\n".join(["---", data.to_yaml(), "---", *lines, ""])).save(folder / "README.md")
 
 
+def marked(folder: Path, leaks: str) -> str:
+    """Return the card of the model in a folder, with the mark that it leaks."""
+    from huggingface_hub import ModelCard
+    file = folder / "README.md"
+    card = ModelCard.load(file) if file.is_file() else ModelCard(f"---\n---\n# {folder.name}\n")
+    if "leaky" not in (card.data.tags or []):
+        card.data.tags, card.data.eval_results = [*(card.data.tags or []), "leaky"], None
+        card.text = f"\n{_warning(leaks)}\n{card.text}"
+    return str(card)
+
+
 def add_curves(folder: Path, picture: Path):
     """Show a picture of the run's curves at the end of the card in `folder`."""
     shutil.copy(picture, folder)
@@ -54,16 +65,18 @@ def _lines(config: RunConfig, manifest: dict[str, Any], scores: dict[str, Any],
     held_out = _quoted(name_and_license(config.validation_corpus or config.corpus)[0])
     yield f"# {config.run_name}, step {step}\n"
     if manifest.get(LEAKY):
-        yield (f"> **This model leaks ({printable(manifest[LEAKY])}).** It was trained with "
-               "`allow_leaks: true`.\n> Do not compare its scores with those of other models.\n")
+        yield _warning(manifest[LEAKY])
     if manifest.get("lineage") == "unknown":
         yield ("> **Lineage unknown.** This model was initialized from one that does not say what "
                "it was\n> trained on. Its scores may be of text that it saw.\n")
     yield (f"{stock_config(config).architectures[0]}, {config.num_hidden_layers} layers, hidden "
            f"size {config.hidden_size}, trained with lmlib in windows of "
            f"{config.sequence_length} tokens.\n")
-    parent = f", after {_quoted(Path(config.init_from).name)}" if config.init_from else ""
-    yield f"- Training text: {_quoted(corpus)}{parent}. Its license: {_quoted(license)}."
+    parent = Path(config.init_from or "")
+    if parent.parent.name == "checkpoints":
+        parent = parent.parent.parent
+    parent = f" Initialized from {_quoted(parent.resolve().name)}." if config.init_from else ""
+    yield f"- Training text: {_quoted(corpus)} (license: {_quoted(license)}).{parent}"
     what = "windows that overlap training windows" if config.split == "windows" else "documents"
     yield (f"- Validation loss {_loss(scores, 'val')}, of step {manifest['val_loss_step']}, on "
            f"validation {what} of {held_out}.")
@@ -76,6 +89,11 @@ def _lines(config: RunConfig, manifest: dict[str, Any], scores: dict[str, Any],
     yield '\n```python\nimport lmlib\n\nmodel, tokenizer = lmlib.load("path/of/this/folder")\n```'
     if config.causal_mask:
         yield "\nIt also loads as `transformers.AutoModelForCausalLM`, with the same logits."
+
+
+def _warning(leaks: str) -> str:
+    return (f"> **This model leaks ({printable(leaks)}).** It was trained with "
+            "`allow_leaks: true`.\n> Do not compare its scores with those of other models.\n")
 
 
 def _loss(scores: dict[str, Any], split: str) -> str:

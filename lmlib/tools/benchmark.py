@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def benchmark(source: str | Path, steps: Iterable[checkpoint.Step], tasks: list[
             write_json(file, {"step": step, "tool": f"lm-eval {__version__}",
                               **({LEAKY: leaks} if leaks else {}), "scores": others + scores})
         yield step, scores
+        if without := sorted(found.keys() - {score["task"] for score in scores}):
+            raise UserError(f"{', '.join(without)}: none of lm-eval's metrics there is one of "
+                            f"{', '.join(METRICS)}, which have a standard error by document.")
 
 
 def own_tasks(run_dir: str | Path) -> dict[str, dict[str, Any]]:
@@ -98,7 +102,7 @@ def cut_items(store: TokenStore) -> dict[str, list[dict[str, Any]]]:
     """Cut the items of OWN_TASKS from test documents, the same for every model and seed.
 
     run_text: the windows of the test score. run_cloze: a word after 30 others. run_choice: what
-    follows 30 words, among endings from elsewhere in the test documents.
+    follows 30 words, among other endings from the test documents. Short text gives fewer items.
     """
     text, tokenizer, choose = store.evaluation_text("test"), store.tokenizer, random.Random(0)
     windows = [{"document": text.units[documents[0]],
@@ -112,15 +116,23 @@ def cut_items(store: TokenStore) -> dict[str, list[dict[str, Any]]]:
         raise UserError(f"No test document has more than {CONTEXT + ENDING} words, so no items "
                         "can be cut from them: name tasks of lm-eval instead.")
     choose.shuffle(documents)
-    cloze, choice = [], []
+    cloze, choice, taken = [], [], set()
     for number in range(ITEMS):
         unit, words = documents[number % len(documents)]
-        sources = [words, *(choose.choice(documents)[1] for _ in range(CHOICES - 1))]
-        starts = [choose.randrange(CONTEXT, len(source) - ENDING) for source in sources]
-        endings = ["".join(source[start : start + ENDING])
-                   for source, start in zip(sources, starts, strict=True)]
-        item = {"document": unit, "context": "".join(words[starts[0] - CONTEXT : starts[0]])}
-        cloze.append({**item, "word": words[starts[0]]})
+        start = choose.randrange(CONTEXT, len(words) - ENDING)
+        if (unit, start) in taken:
+            continue
+        taken.add((unit, start))
+        item = {"document": unit, "context": "".join(words[start - CONTEXT : start])}
+        cloze.append({**item, "word": words[start]})
+        endings = ["".join(words[start : start + ENDING])]
+        for _ in range(100):  # of short documents many endings are the same
+            other = choose.choice(documents)[1]
+            place = choose.randrange(CONTEXT, len(other) - ENDING)
+            ending = "".join(other[place : place + ENDING])
+            endings += [ending] if len(endings) < CHOICES and ending not in endings else []
+        if len(endings) < CHOICES:
+            continue
         order = choose.sample(range(CHOICES), CHOICES)  # 0 is the true ending
         choice.append({**item, "endings": [endings[i] for i in order], "answer": order.index(0)})
     return dict(zip(OWN_TASKS, (windows, cloze, choice), strict=True))
@@ -159,18 +171,22 @@ def summarize(task: str, samples: list[dict[str, Any]]) -> Iterator[dict[str, An
     The items of a public task count as documents. `chance` is what guessing reaches: any byte, any
     choice, or always the most common answer.
     """
-    choices = [len(sample["arguments"]) for sample in samples]
-    answers = [str(sample["target"]) for sample in samples]
-    guess = (sum(1 / count for count in choices) / len(choices) if min(choices) > 1 else
-             max(map(answers.count, answers)) / len(answers))
-    for metric in (name for name in METRICS if name in samples[0]):
+    filters = {sample.get("filter"): None for sample in samples}  # ways to read an answer
+    for name, metric in product(filters, METRICS):
+        items = [sample for sample in samples if sample.get("filter") == name and metric in sample]
+        if not items:
+            continue
+        choices = [len(sample["arguments"]) for sample in items]
+        answers = [str(sample["target"]) for sample in items]
+        guess = (sum(1 / count for count in choices) / len(choices) if min(choices) > 1 else
+                 max(map(answers.count, answers)) / len(answers))
         is_bits, clusters = metric == "bits_per_byte", {}
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(items):
             value = sample[metric]  # of bits_per_byte: log-likelihood in nats, and bytes
             total, size = (-value[0] / math.log(2), value[1]) if is_bits else (float(value), 1)
             sums = clusters.setdefault(sample["doc"].get("document", number), [0.0, 0])
             sums[0], sums[1] = sums[0] + total, sums[1] + size
         found = clustered_mean(clusters.values())
-        yield {"task": task, "metric": metric, "score": found.mean, "stderr": found.stderr,
-               "chance": 8.0 if is_bits else guess, "items": len(samples),
-               "clusters": found.clusters}
+        yield {"task": task, "metric": f"{metric},{name}" if len(filters) > 1 else metric,
+               "score": found.mean, "stderr": found.stderr, "chance": 8.0 if is_bits else guess,
+               "items": len(items), "clusters": found.clusters}

@@ -128,6 +128,8 @@ def _add_tokenizer(writer: Any, c: RunConfig, tokenizer: Any):
     writer.add_bos_token_id(tokenizer.eos_token_id if tokenizer.bos_token_id is None
                             else tokenizer.bos_token_id)
     writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:

@@ -77,13 +77,58 @@ def test_an_answer_ends_at_the_end_of_turn_token(folder, monkeypatch, capsys):
 
 def test_the_oldest_turns_are_left_out_when_the_window_is_full(folder, capsys):
     model, tokenizer = lmlib.load(folder)
-    session = generate.Session(str(folder), model, tokenizer, Settings(**SETTINGS))
-    turns = []
+    assert model.config.sequence_length == 64
+    settings = Settings(temperature=1, max_new_tokens=30)
+    session, turns = generate.Session(str(folder), model, tokenizer, settings), []
     for number in range(12):
         turns = generate._answer(session, [*turns, {"role": "user", "content": f"To be {number}"}])
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
     assert 2 <= len(turns) < 12 and turns[-2]["content"] == "To be 11"
-    assert "longer than the context window" not in capsys.readouterr().out.split("🤖")[1]
+    shown = capsys.readouterr().out
+    assert shown.count("🤖") == 12 and "longer than the context window" not in shown
+
+
+def test_ctrl_c_keeps_what_was_said(folder, capsys, monkeypatch):
+    model, tokenizer = lmlib.load(folder)
+    session = generate.Session(str(folder), model, tokenizer, Settings(**SETTINGS))
+    whole = generate.generation.generate_ids
+
+    def interrupted(*given):
+        for number, texts in enumerate(whole(*given)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield texts
+
+    monkeypatch.setattr(generate.generation, "generate_ids", interrupted)
+    turns = generate._answer(session, [{"role": "user", "content": "To be?"}])
+    shown = capsys.readouterr().out
+    assert shown == f"🤖 {turns[-1]['content']}\n(stopped)\n\n" and turns[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for turn in messages %}<|u|>{{ turn.content }}<|a|>{% endfor %}", "<|a|>An example."],
+)
+def test_a_template_without_an_end_of_turn_leaves_the_end_of_text(
+    folder, monkeypatch, capsys, template
+):
+    """A special token before the answer does not end it."""
+    save(folder, chat_template=template.replace("<|a|>{% end", "{% end"))
+    save(folder, extra_special_tokens=["<|u|>", "<|a|>"])
+    model, tokenizer = lmlib.load(folder)
+    session, seen = generate.Session(str(folder), model, tokenizer, Settings(**SETTINGS)), []
+    monkeypatch.setattr(
+        "builtins.input", lambda question: seen.append(tokenizer.eos_token) or "quit"
+    )
+    generate._chat(session)
+    assert seen == ["<|endoftext|>"]
+
+
+def test_a_template_that_refuses_is_said(folder, monkeypatch, capsys):
+    save(folder, chat_template="{{ raise_exception('no system turn') }}")
+    assert main(["generate", str(folder), *WORDS]) == 1
+    assert "The chat template of" in (said := capsys.readouterr().err)
+    assert "fails: no system turn" in said and "Traceback" not in said
 
 
 def test_what_cannot_be_said(folder, trained, monkeypatch, capsys):

@@ -88,10 +88,28 @@ def test_what_exists_keeps_its_visibility(trained, server, capsys):
 def test_a_leaky_model_needs_leaky(leaky, server, capsys):
     assert push(leaky, "--yes") == 1
     assert "This model leaks (split)" in capsys.readouterr().err and not server.repositories
-    (leaky / "training_args.bin").write_bytes(b"a pickle, as a Trainer leaves it")
+    for name in ("training_args.bin", "data.pkl", "model.ckpt"):
+        (leaky / name).write_bytes(b"a pickle, as a Trainer leaves it")
     assert push(leaky, "--leaky", "--yes") == 0
-    assert "training_args.bin" not in server.repositories["owner/name"]["files"]
-    assert "This model LEAKS (split)." in capsys.readouterr().out and server.repositories
+    assert "This model LEAKS (split)." in capsys.readouterr().out
+    files = server.repositories["owner/name"]["files"]
+    assert not files.keys() & {"training_args.bin", "data.pkl", "model.ckpt"}
+    assert "lineage.bin" in files
+    card = ModelCard(files["README.md"].decode())  # that of the folder does not know
+    assert "> **This model leaks (split).**" in card.text and "Validation loss" in card.text
+    assert card.data.tags == ["lmlib", "leaky"] and card.data.eval_results is None
+
+
+def test_a_leaky_model_without_a_card_gets_one(leaky, server, trained, capsys):
+    (leaky / "README.md").unlink()
+    assert push(leaky, "--leaky", "--yes") == 0
+    files = server.repositories["owner/name"]["files"]
+    assert "This model leaks (split)" in ModelCard(files["README.md"].decode()).text
+    config = json.loads((leaky / "config.json").read_text())
+    (leaky / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != LEAKY}))
+    capsys.readouterr()
+    assert push(leaky) == 0
+    assert "There is no model card" in capsys.readouterr().out
 
 
 def test_no_token_a_bad_token_and_no_network(trained, server, monkeypatch, capsys):
@@ -111,7 +129,9 @@ def test_no_token_a_bad_token_and_no_network(trained, server, monkeypatch, capsy
 def test_an_upload_that_fails_says_so(trained, server, capsys):
     server.is_full = True
     assert push(trained.run_dir, "--yes") == 1
-    assert "could not be sent: Error while uploading" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "could not be sent: Error while uploading" in said
+    assert "The Hub answered with status 507." in said and "network" not in said
     assert server.repositories["owner/name"]["files"] == {}
     server.is_full = False
     assert push(trained.run_dir, "--yes") == 0 and server.repositories["owner/name"]["files"]

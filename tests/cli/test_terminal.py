@@ -222,7 +222,7 @@ def test_the_core_packages_are_enough_to_train_generate_and_audit(tmp_path, text
     assert "validation loss" in core("checkpoints", run)
     audited = core("audit", run)
     assert "causality" in audited
-    assert "The page needs the notebook packages: pip install -e '.[notebook]'." in audited
+    assert 'The page needs the notebook packages: pip install -e ".[notebook]".' in audited
     assert "is not running here" in core("stop", run, check=1)
 
 
@@ -231,7 +231,7 @@ def test_a_command_that_needs_the_notebook_packages_says_so(command, tmp_path):
     arguments = [tmp_path] if command == "runs" else smoke_with(output_dir=tmp_path)
     shown = core(command, *arguments, check=1)
     assert shown == (
-        f"lmlib {command} needs the notebook packages: pip install -e '.[notebook]'.\n"
+        f'lmlib {command} needs the notebook packages: pip install -e ".[notebook]".\n'
     )
     assert not list(tmp_path.iterdir())
 

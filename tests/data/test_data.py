@@ -322,7 +322,7 @@ def test_only_parquet_and_hugging_face_need_further_packages(smoke, tmp_path, mo
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     for corpus, package in ((str(tmp_path / "c.parquet"), "pyarrow"), ("owner/name", "datasets")):
         with pytest.raises(
-            ValueError, match=rf"needs? the package {package}: pip install -e '\.\[notebook\]'"
+            ValueError, match=rf"needs? the package {package}: pip install -e \"\.\[notebook\]\""
         ):
             documents(corpus, smoke())
 

@@ -70,7 +70,7 @@ def test_names_in_a_card_stay_names(smoke, tmp_path, name):
     config = smoke(corpus=name, run_name="run", init_from=name)
     card = card_of(config, tmp_path / "model", SCORES | TEST)
     quoted = f"`{name.replace('`', chr(39))}`"
-    assert f"Training text: {quoted}, after {quoted}. Its license: `unknown`." in card.text
+    assert f"Training text: {quoted} (license: `unknown`). Initialized from {quoted}." in card.text
     assert card.data.eval_results[0].dataset_name == name
     known = {"tags", "library_name", "pipeline_tag", "model_name", "eval_results"}
     assert {key for key, value in vars(card.data).items() if value is not None} == known
@@ -83,10 +83,13 @@ def test_a_local_corpus_is_named_without_its_folders(smoke, tmp_path):
     folder.mkdir(parents=True)
     config = smoke(corpus=str(folder), init_from=str(tmp_path / "private" / "parent"))
     card = card_of(config, tmp_path / "model", SCORES | TEST)
-    assert "`texts`, after `parent`." in card.text and "private" not in str(card)
-    assert "Its license: `unknown`." in card.text
+    said = "`texts` (license: `unknown`). Initialized from `parent`."
+    assert said in card.text and "private" not in str(card)
+    checkpoint = tmp_path / "private" / "parent" / "checkpoints" / "checkpoint_step_3"
+    config = smoke(corpus=f"{folder}/../texts/.", init_from=str(checkpoint))
+    assert said in card_of(config, tmp_path / "other", SCORES | TEST).text
     (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
-    assert "Its license: `cc0-1.0`." in card_of(config, tmp_path / "model").text
+    assert "(license: `cc0-1.0`)" in card_of(config, tmp_path / "model").text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """lmlib benchmark without lm-eval: the items that are cut, the scores that are summarized."""
 
+import json
 import math
 
 import pytest
@@ -39,6 +40,19 @@ def test_items_do_not_depend_on_the_model(store, trained, smoke):
     assert cut_items(other) == cut_items(store)
 
 
+def test_short_documents_give_fewer_items_each_with_one_right_answer(smoke, tmp_path):
+    lines = [" ".join(str(n + i % 12) for i in range(45)) for n in range(3000)]
+    corpus = tmp_path / "short.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:40]))
+    config = smoke(corpus=str(corpus), validation_fraction=0.3, test_fraction=0.1)
+    items = cut_items(prepare(config))
+    assert 10 < len(items["run_cloze"]) < ITEMS
+    for task in ("run_cloze", "run_choice"):
+        kept = [json.dumps(item, sort_keys=True) for item in items[task]]
+        assert len(set(kept)) == len(kept)
+    assert all(len(set(item["endings"])) == CHOICES for item in items["run_choice"])
+
+
 def test_documents_without_enough_words_are_refused(smoke, tmp_path):
     lines = [f"{number} words are here" for number in range(3000)]
     corpus = tmp_path / "short.jsonl"
@@ -69,6 +83,15 @@ def test_bits_per_byte_are_weighted_by_bytes():
     samples = [sample(name, bits_per_byte=pair) for name, pair in zip("ab", nats, strict=True)]
     [score] = summarize("run_text", samples)
     assert score["score"] == pytest.approx(18 / 24) and score["chance"] == 8.0
+
+
+def test_each_way_to_read_an_answer_has_a_score():
+    right = {"strict-match": 0.0, "flexible-extract": 1.0}
+    samples = [sample(None, exact_match=right[name], filter=name) for name in right for _ in "abc"]
+    scores = {score["metric"]: score for score in summarize("gsm8k", samples)}
+    assert list(scores) == ["exact_match,strict-match", "exact_match,flexible-extract"]
+    assert [score["score"] for score in scores.values()] == [0.0, 1.0]
+    assert {score["items"] for score in scores.values()} == {3}
 
 
 def test_chance():

@@ -76,6 +76,15 @@ def test_rows_without_a_token_are_unused(tmp_path, text):
     assert kinds[tokenizer.eos_token_id] == gguf.TokenType.CONTROL
 
 
+def test_a_chat_template_is_kept(tmp_path, text):
+    folder = write_model(tmp_path / "model", text)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    export(folder, tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.chat_template"] == tokenizer.chat_template
+
+
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
@@ -180,5 +189,5 @@ def test_an_absent_extra_is_named(tmp_path, text, monkeypatch, capsys, package, 
     monkeypatch.setitem(sys.modules, package, None)
     folder = write_model(tmp_path / "model", text)
     assert main([command[0], str(folder), *command[1:]]) == 1
-    said = f"needs the {extra} packages: pip install -e '.[{extra}]'."
+    said = f'needs the {extra} packages: pip install -e ".[{extra}]".'
     assert said in capsys.readouterr().err
