@@ -98,7 +98,7 @@ def test_a_killed_process_is_started_again_and_no_bit_differs(tmp_path, undistur
 def test_a_process_that_hangs_is_given_up_after_the_limit(tmp_path, undisturbed):
     """SIGSTOP: the others wait for LMLIB_EXCHANGE_LIMIT, and the launcher kills it in the end."""
     variables = fault(tmp_path, 1, "lmlib.run.parallel:clip_gradients", 7, do="SIGSTOP")
-    variables |= {"LMLIB_EXCHANGE_LIMIT": "15", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    variables |= {"LMLIB_EXCHANGE_LIMIT": "20", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     done = finish(launched(tmp_path, "run", "--restarts", "1"), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "restart 1 of 1" in done.stderr and "Traceback" not in done.stderr
@@ -108,7 +108,7 @@ def test_a_process_that_hangs_is_given_up_after_the_limit(tmp_path, undisturbed)
 
 def test_a_save_may_take_longer_than_the_limit(tmp_path, undisturbed):
     variables = fault(tmp_path, 0, "lmlib.checkpoint:write_manifest", 2, do="slow")
-    done = finish(launched(tmp_path, "run"), LMLIB_EXCHANGE_LIMIT="5", **variables)
+    done = finish(launched(tmp_path, "run"), LMLIB_EXCHANGE_LIMIT="20", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "happened").exists()
     assert fingerprint(tmp_path / "run") == undisturbed

@@ -51,7 +51,7 @@ def test_run_survives_kills_corruption_full_disks_and_hostile_input():
     assert {row: counts[row][1] for row in expected} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.ecosystem
 def test_transformers_trainer_is_killed_and_corrupted_in_the_same_way():
     """The second column is filled in; no particular counts are expected of it, except one."""
     head, *rows = survival("--kills 2 --stages 2 --corruptions 2 --texts 1")

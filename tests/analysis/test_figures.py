@@ -272,6 +272,7 @@ def test_no_committed_output_holds_the_markup_of_numbers():
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")
 def test_panels_without_points_log_no_errors(tmp_path):
     first = {"kind": "eval", "step": 0, "val_loss": 8.3, "val_accuracy": 0.02}
@@ -288,6 +289,7 @@ def test_panels_without_points_log_no_errors(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_toolbar_of_a_saved_page_is_clear_of_the_legend(trained, tmp_path):
     page_file = tmp_path / "curves.html"

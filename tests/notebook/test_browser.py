@@ -34,6 +34,7 @@ from lmlib.files import PROJECT_ROOT
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.browser,
     pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine"),
 ]
 

@@ -22,6 +22,7 @@ from lmlib.files import PROJECT_ROOT
 
 needs_chromium = [
     pytest.mark.slow,
+    pytest.mark.browser,
     pytest.mark.skipif(jupyter.CHROMIUM is None, reason="no Chromium on this machine"),
 ]
 TOKEN = ".lmlib-text .token"

@@ -4,7 +4,7 @@ Also hide what draws the curves at the end of a run, which takes seconds.
 
 LMLIB_FAULT is JSON: "rank", the "function" ("module:name") that is wrapped, the number of the
 "call" before which the fault happens, "do" (the name of a signal, "full": no disk space, or "slow":
-ten seconds), and the file "mark", which says that it has happened.
+half a minute), and the file "mark", which says that it has happened.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def plant(rank: int, function: str, call: int, do: str, mark: str):
             if do == "full":
                 raise OSError(28, "No space left on device")
             if do == "slow":
-                time.sleep(10)
+                time.sleep(30)
             else:
                 os.kill(os.getpid(), getattr(signal, do))
         return whole(*arguments, **options)
