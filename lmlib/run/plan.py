@@ -92,22 +92,22 @@ def plan(config: RunConfig, machine: Machine | None = None, processes: int = 1) 
     with torch.device("meta"):
         model = LanguageModel(config)
     optimizers = optim.build_optimizers(model, config)
-    muon = [stack for optimizer in optimizers if isinstance(optimizer, optim.Muon)
-            for group in optimizer.param_groups for stack in optimizer.stacks(group["params"])]
     count, share = parameter_count(model), 1 / processes
-    rounds = config.batch_size * share / rows
+    rounds = -(-config.batch_size // rows) // processes  # micro-batches of each process
     activations = saved_bytes(config, rows, machine.dtype)
-    memory, peak = _memory(config, model, optimizers, muon, activations, rows, processes)
+    memory, peak = _memory(config, model, optimizers, activations, rows, rounds, processes)
     tokens = config.batch_size * config.sequence_length
     products = flops_per_token(model) * tokens
-    newton_schulz = sum(_newton_schulz_flops(matrix) for stack in muon for matrix in stack)
+    newton_schulz = sum(_newton_schulz_flops(matrix)
+                        for stack in _muon_stacks(optimizers) for matrix in stack)
     sent = _sent(config, 4.0 * count, rounds, processes)
     speed = machine.flops * machine.utilization
     updated = share if _is_divided(config, processes) else 1.0
     seconds = {
         "matrix products": products * share / speed,
         "Muon's products": newton_schulz * share / speed,
-        "other operations": TRAFFIC * activations * rounds / machine.bandwidth,
+        "other operations": TRAFFIC * activations * config.batch_size * share / rows
+        / machine.bandwidth,
         "update": UPDATE_TRAFFIC * 4.0 * count * updated / machine.bandwidth,
         "starting kernels": rounds * KERNELS_PER_LAYER * config.num_hidden_layers * machine.launch,
         "communication": sent / machine.link_of(processes)}
@@ -122,29 +122,57 @@ def _is_divided(config: RunConfig, processes: int) -> bool:
 
 
 def _memory(config: RunConfig, model: LanguageModel, optimizers: list[torch.optim.Optimizer],
-            muon: list[list[Tensor]], activations: float, rows: int, processes: int
+            activations: float, rows: int, rounds: int, processes: int
             ) -> tuple[dict[str, float], float]:
-    """Return the bytes of each process by what needs them, and at their peak."""
-    weights, share = 4.0 * parameter_count(model), 1 / processes
+    """Return the bytes by what needs them, and at their peak, of the process that needs most."""
+    weights = gradient = updated = 4.0 * parameter_count(model)
+    owned, state = _largest_share(config, model, optimizers, processes)
     logits = min(HeadLoss.rows, rows * config.sequence_length) * config.vocab_size * 4
-    stack = max((sum(matrix.nbytes for matrix in matrices) for matrices in muon), default=0)
-    head = 4 * config.vocab_size * config.hidden_size
-    memory = {"weights": weights, "gradients": weights * (2 if processes > 1 else 1),  # DDP's
-              "optimizer": optim.state_bytes(optimizers) * share, "activations": activations,
-              "loss over the vocabulary": 3.0 * logits, "Muon's stacks": 5.0 * stack}
+    stack = max((sum(p.nbytes for p in stack) for stack in _muon_stacks(optimizers)), default=0)
+    other = {}
     if _is_divided(config, processes):
         # Pieces and owned parameters; two layers, and what is outside of layers, are whole while a
-        # batch is computed, with gradients.
+        # batch is computed, with gradients. To evaluate, the parameters of all other owners come,
+        # and for a moment those of one owner twice.
+        gradient, updated = weights / processes, owned
         layer = 4.0 * parameter_count(model.model.layers[0])
         outside = weights - config.num_hidden_layers * layer
-        memory |= {"weights": 2 * weights * share, "gradients": weights * share,
-                   "whole layers": 2 * (2 * layer + outside),
-                   "whole model to evaluate": weights * (1 - share)}
-    least = memory["weights"] + memory["optimizer"]
-    # Gradients come as activations go. The head's come with the loss.
-    return memory, least + max(
-        activations + 3 * logits + memory.get("whole layers", head),
-        memory["gradients"] + 5 * stack, memory.get("whole model to evaluate", 0))
+        other = {"whole layers": 2 * (2 * layer + outside), "whole model to evaluate": weights}
+        weights = gradient + owned
+    elif processes > 1:
+        other = {"DDP's buckets": weights, "sending parameters": owned}
+    # Of earlier micro-batches, while another is computed: their gradients' sum, or the most sums
+    # that `PairwiseSum` holds. It takes the newest gradient whole.
+    sums = rounds.bit_length() - 1 if config.deterministic else min(rounds - 1, 1)
+    gradients = gradient * (sums + 1 if config.deterministic else 1)
+    memory = {"weights": weights, "optimizer": state, "gradients": gradients, **other,
+              "activations": activations, "loss over the vocabulary": 3.0 * logits,
+              "Muon's stacks": 5.0 * stack}
+    # The newest gradient comes as the activations go. The head's comes with the loss.
+    head = 4 * config.vocab_size * config.hidden_size
+    return memory, weights + state + other.get("DDP's buckets", 0) + max(
+        sums * gradient + activations + 3 * logits + other.get("whole layers", head),
+        gradients, updated + 5 * stack, updated + other.get("sending parameters", 0),
+        other.get("whole model to evaluate", 0))
+
+
+def _largest_share(config: RunConfig, model: LanguageModel,
+                   optimizers: list[torch.optim.Optimizer], processes: int) -> tuple[float, float]:
+    """Return the most bytes of parameters that one process owns, and of their optimizer state.
+
+    The owners share the work, and so not quite the bytes.
+    """
+    owned = [set() for _ in range(processes)]
+    for parameter, owner in optim.owners(model, optimizers, processes).items():
+        owned[owner].add(parameter)
+    return (float(max(sum(p.nbytes for p in parameters) for parameters in owned)),
+            float(max(optim.state_bytes(optim.build_optimizers(model, config, parameters))
+                      for parameters in owned)))
+
+
+def _muon_stacks(optimizers: list[torch.optim.Optimizer]) -> list[list[Tensor]]:
+    return [stack for optimizer in optimizers if isinstance(optimizer, optim.Muon)
+            for group in optimizer.param_groups for stack in optimizer.stacks(group["params"])]
 
 
 def _sent(config: RunConfig, weights: float, rounds: float, processes: int) -> float:
