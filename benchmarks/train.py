@@ -27,6 +27,7 @@ from lmlib import optim, training
 from lmlib.config import RunConfig
 from lmlib.model import huggingface
 from lmlib.model.transformer import LanguageModel
+from lmlib.run.device import numerics
 from lmlib.run.gradients import clip_gradients
 
 KINDS = ("sdpa", "eager", "lmlib", "lmlib, Muon")
@@ -58,7 +59,9 @@ def measure(config: RunConfig, kind: str, steps: int) -> dict:
             loss = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
             loss.backward()
         else:
-            loss = training.accumulate_gradients(model, x, y, len(x), 0, step, torch.float32)
+            micro = config.micro_batch_size or len(x)
+            with numerics(config, x.device):
+                loss = training.accumulate_gradients(model, x, y, micro, 0, step, torch.float32)
         clip_gradients(model, config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()

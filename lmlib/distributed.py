@@ -228,6 +228,7 @@ def broadcast_parameters(owners: dict[Tensor, int]):
             dist.broadcast(flat, owner)
             for part, new in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
                 part.copy_(new.view_as(part))
+            del flat, new  # before the next owner's is made
 
 
 def collect(tensors: dict[str, Tensor], shapes: dict[str, torch.Size],

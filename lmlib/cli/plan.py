@@ -1,6 +1,7 @@
 """lmlib plan."""
 
 import argparse
+import textwrap
 
 from lmlib.cli.train import load_config
 from lmlib.text import format_duration
@@ -12,8 +13,8 @@ def plan(options: argparse.Namespace):
         options.p.append(["processes", str(options.processes)])
     config = load_config(options)
     from lmlib.run import plan as planning  # imports torch
-    machine = planning.MACHINES.get(options.gpu) or planning.this_machine()
-    needs = planning.plan(config, machine, config.processes)
+    needs = planning.plan(config, planning.MACHINES.get(options.gpu), config.processes)
+    machine = needs.machine
     where = f"on {needs.processes} x {machine.name}" if options.gpu else f"on {machine.name}"
     print(f"{config.run_name} {where}: {needs.parameters:,} parameters, {config.batch_size} x "
           f"{config.sequence_length} tokens a step. Arithmetic: nothing was trained.\n")
@@ -24,11 +25,21 @@ def plan(options: argparse.Namespace):
     seconds = needs.step_seconds * config.total_steps
     print(f"{config.total_steps:,} steps: {format_duration(seconds)} of updates, evaluations and "
           f"saves left out; {needs.disk / 1e9:.2f} GB of checkpoints.")
-    kind = str(machine.dtype).removeprefix("torch.")
-    print(f"Assumed: {machine.utilization:.0%} of {machine.flops / 1e12:.3g} TFLOP/s in {kind}, "
-          f"{machine.bandwidth / 1e9:,.0f} GB/s of memory,\n{machine.launch * 1e6:.0f} "
-          "microseconds to start a kernel, which overlaps with the rest, and "
-          f"{machine.link_of(needs.processes) / 1e9:,.3g} GB/s between\nprocesses, which does not.")
+    speed = _speed(needs, needs.dtype)
+    if needs.dtype != machine.dtype and needs.seconds["Muon's products"]:
+        speed += f", of {_speed(needs, machine.dtype)} for Muon's products"
+    print(textwrap.fill(
+        f"Assumed: {machine.utilization:.0%} of {speed}, {machine.bandwidth / 1e9:,.0f} GB/s of "
+        f"memory, {machine.launch * 1e6:.0f} microseconds to start a kernel, which overlaps with "
+        f"the rest, and {machine.link_of(needs.processes) / 1e9:,.3g} GB/s between processes, "
+        "which does not.", 100))
+
+
+def _speed(needs, dtype) -> str:
+    """Say how fast the machine multiplies, and in which type."""
+    kind = str(dtype).removeprefix("torch.")
+    is_tf32 = kind == "float32" and str(needs.machine.dtype) == "torch.bfloat16"
+    return f"{needs.machine.flops[dtype] / 1e12:.3g} TFLOP/s in {kind}" + " (TF32)" * is_tf32
 
 
 def _table(title: str, unit: str, values: dict[str, float], scale: float):
@@ -40,13 +51,18 @@ def _table(title: str, unit: str, values: dict[str, float], scale: float):
 
 def _fits(needs) -> str:
     """Say whether the memory suffices, and what to set if not."""
-    from lmlib.run.plan import largest_micro_batch
+    from lmlib.run.plan import fits_divided, is_divided, largest_micro_batch
     memory = needs.machine.memory
     if memory is None:
         return ""
-    if needs.peak < 0.9 * memory:
-        return f"   of {memory / 1e9:.0f}: fits"
-    rows = largest_micro_batch(needs)
-    return f"   of {memory / 1e9:.0f}: does not fit" + (
-        f"; with micro_batch_size {rows} it does" if rows else
-        ", not even one window at a time: use several processes or a smaller model")
+    said = f"   of {memory / 1e9:.0f}: "
+    if needs.fits:
+        return said + "fits"
+    if rows := largest_micro_batch(needs):
+        return said + f"does not fit; with micro_batch_size {rows} it does"
+    said += "does not fit, not even one window at a time: "
+    if not fits_divided(needs):
+        return said + "use a smaller model or a shorter sequence_length"
+    if is_divided(needs.config, needs.processes):
+        return said + "use more processes or a smaller model"
+    return said + "set sharding to full and use several processes, or use a smaller model"

@@ -28,7 +28,7 @@ def compile_loss(model: LanguageModel, config: RunConfig, ids: Tensor, targets: 
     device = next(model.parameters()).device
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return "not asked for"
-    if config.sharding == "full":
+    if config.sharding == "full" and distributed.world_size() > 1:
         return "it is divided among the processes"
     share = config.batch_size // distributed.world_size()
     rows = config.micro_batch_size or share

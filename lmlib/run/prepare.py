@@ -208,7 +208,7 @@ def record_start(run: Run):
     # Last: `follow` waits for it.
     write_json(run_dir / "config.json", {**config.to_dict(), **run.leak_mark})
     run.saver = checkpoint.Saver(background=run.start.device.type == "cuda"
-                                  and config.sharding == "none")
+                                  and isinstance(run.parallel, Replicas))
 
 
 def _remove_later_evaluations(run: Run):

@@ -4,13 +4,14 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lmlib
 from lmlib.run.compiled import compile_loss
-from lmlib.run.prepare import prepare
+from lmlib.run.prepare import prepare, record_start
 from lmlib.run.start import find_start
 
 
@@ -63,6 +64,22 @@ def test_a_replay_that_is_not_a_number_is_refused(smoke, monkeypatch):
 
     with pytest.raises(ValueError, match="its gradient differs by nan"):
         prepared(smoke, monkeypatch, replayed, compile=True)
+
+
+def test_one_process_divides_nothing(smoke, monkeypatch):
+    """With sharding: full it compiles, and on CUDA saves in the background, as without."""
+    run = prepared(smoke, monkeypatch, lambda function, **_: function, sharding="full")
+    config = SimpleNamespace(**{**run.config.to_dict(), "compile": True})  # refused in a recipe
+    batch = run.store.batch(1)
+    assert compile_loss(run.model, config, *batch, torch.float32) == ""
+    run.start = replace(run.start, device=torch.device("cuda"))
+    monkeypatch.setattr("lmlib.run.prepare.environment", lambda *_: {})  # asks for the GPU's name
+    record_start(run)
+    run.metrics.close()
+    assert run.saver.pool is not None
+    monkeypatch.setattr("lmlib.distributed.world_size", lambda: 2)
+    why = compile_loss(run.model, config, *batch, torch.float32)
+    assert why == "it is divided among the processes"
 
 
 @pytest.mark.slow
