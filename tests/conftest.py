@@ -62,6 +62,12 @@ def text_file(tmp_path_factory) -> Path:
     return file
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what takes minutes: in the end one of several workers would be alone with it."""
+    long = ("test_survival.py", "test_launches.py", "test_process_faults.py")
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 # In CI a skipped test is a failure, unless its reason is listed here.
 EXPECTED_SKIPS = (
     "no CUDA device",

@@ -228,7 +228,7 @@ def _column(rows: Iterator[dict[str, Any]], column: str, source: str) -> Iterato
 def cut(lines: Iterable[str], size: int = 2000) -> Iterator[str]:
     """Cut lines into documents of about `size` characters, preferably at blank lines.
 
-    The documents joined are the lines joined, but for blank lines at the beginning.
+    The documents joined are the lines joined, but for white space before a document.
     """
     document, length = [], 0
     for piece in chain.from_iterable(_pieces(line, size) for line in lines):
