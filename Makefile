@@ -16,10 +16,11 @@ train: $(VENV)/ready
 test: $(VENV)/ready-dev lint
 	$(RUN) -m pytest -q -m "not slow and not ecosystem" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-# A browser gets the machine for itself; the others wait much, for processes that are killed.
+# A browser gets the machine for itself; the others wait much, for processes that are killed. The tests of
+# a file share runs, so they stay together.
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -q -m browser $(ARGS)
-	$(RUN) -m pytest -q -m "slow and not browser and not ecosystem" --numprocesses 2 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -q -m "slow and not browser and not ecosystem" --numprocesses 2 --dist loadfile $(ARGS)
 
 # The tools of docs/ecosystem.md, docs/finetuning.md and docs/trackers.md on our checkpoints.
 ecosystem: $(ECOSYSTEM)/ready

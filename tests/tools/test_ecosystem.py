@@ -128,7 +128,7 @@ def test_scores_by_checkpoint_agree_with_our_own(run, capsys):
     assert late["run_choice", "acc"]["chance"] == 0.25
     assert 0 < late["run_cloze", "acc"]["chance"] < 0.2
     for score in late.values():
-        assert f"{score['task']:<16}{score['metric']:<14}{score['score']:>8.4f}" in shown
+        assert f"{score['task']:<16} {score['metric']:<13} {score['score']:>7.4f}" in shown
 
 
 def test_another_model_has_other_scores(run, tmp_path):
