@@ -3,7 +3,6 @@
 Screenshots are written to build/screenshots. Skipped on a machine without Chromium.
 """
 
-import contextlib
 import json
 import re
 import shutil
@@ -78,6 +77,9 @@ def lab(trained, lab_folder):
     jupyter.copy_notebook(
         "curves", folder, "follow", run_name="trained", others=["followed"], **run
     )
+    # With a kernel of its own: where a kernel has run the cell before, a reloaded page may show
+    # charts that follow nothing until the cell is run again (docs/faq.md).
+    jupyter.copy_notebook("curves", folder, "narrow", run_name="trained", **run)
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
     jupyter.copy_notebook("compare", folder, output_dir=str(folder / "outputs"))
     jupyter.copy_notebook("compare", folder, "no_sweep", output_dir=str(folder / "none"))
@@ -434,7 +436,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     found = json.loads(environment.read_text())
     found["data"]["tokenizer"] = "another"
     environment.write_text(json.dumps(found))
-    page = ran(browser, lab, "curves")
+    page = ran(browser, lab, "curves", "narrow")
     page.set_viewport_size({"width": 1000, "height": 900})
     chart = "document.querySelector('.js-plotly-plot')"
     runs = f"{chart}.data.filter(t => t.visible !== false).map(t => t.legendgroup)"
@@ -472,15 +474,8 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     assert page.get_by_label("log loss").is_checked()
     assert page.get_by_label("more/second").is_checked()
     assert not page.get_by_label("more/third").is_checked()
-    for _ in range(6):  # a change that comes while the page still loads the chart's code is lost
-        page.get_by_label("log loss").click()
-        kind = "log" if page.get_by_label("log loss").is_checked() else "linear"
-        with contextlib.suppress(sync_api.TimeoutError):
-            page.wait_for_function(f"{chart}.layout.yaxis.type === '{kind}'", timeout=10_000)
-            if kind == "linear":
-                break
-    else:
-        raise AssertionError("after a reload the chart follows no control")
+    page.get_by_label("log loss").click()
+    page.wait_for_function(f"{chart}.layout.yaxis.type === 'linear'")
     page.close()
     shutil.rmtree(trained.run_dir.parent / "more")
 
