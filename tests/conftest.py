@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch is imported: threads slow down models this small, and tests that run in parallel.
@@ -43,14 +44,16 @@ def sighup():
 
 
 @pytest.fixture(scope="session")
-def trained(outputs) -> RunConfig:
-    """Return the config of a finished smoke run, which tests must not change."""
+def trained(outputs) -> Iterator[RunConfig]:
+    """Return the config of a finished smoke run, to whose folder tests must not add."""
     from lmlib import training
 
     recipe = PROJECT_ROOT / "params" / "smoke.yaml"
     config = RunConfig.load(recipe, output_dir=outputs, run_name="trained")
     list(training.train(config))
-    return config
+    before = set(config.run_dir.iterdir())
+    yield config
+    assert set(config.run_dir.iterdir()) == before, "a test changed the run that others read"
 
 
 @pytest.fixture(scope="session")

@@ -81,12 +81,18 @@ def test_the_parameters_cell_lists_every_parameter_with_runconfigs_comment():
     assert {name: comment for name, _, comment in assigned[1:]} == comments
 
 
+@pytest.fixture
+def runs(trained, tmp_path) -> Path:
+    """Return a folder with a copy of the finished run: notebooks write files beside a run."""
+    shutil.copytree(trained.run_dir, tmp_path / "runs" / "trained")
+    (tmp_path / "runs" / ".tokens").symlink_to(Path(trained.output_dir) / ".tokens")
+    return tmp_path / "runs"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_by_papermill(path, trained, tmp_path):
+def test_notebooks_run_by_papermill(path, runs, tmp_path):
     """curves, generate, compare and audit read finished runs; the others train their own."""
-    run_name, runs = "notebook" if path.stem == "train" else "trained", tmp_path / "runs"
-    shutil.copytree(trained.run_dir, runs / "trained")
-    (runs / ".tokens").symlink_to(Path(trained.output_dir) / ".tokens")
+    run_name = "notebook" if path.stem == "train" else "trained"
     parameters = {"output_dir": str(runs), "run_name": run_name}
     if path.stem == "learning_rate":
         parameters |= {"rate_recipe": str(SMOKE), "rate_steps": "20", "confirm_steps": "3"}
@@ -154,7 +160,7 @@ def test_a_misspelled_injected_parameter_stops_the_notebook(path, outputs, tmp_p
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_pass_nbval(path, trained, tmp_path):
+def test_notebooks_pass_nbval(path, runs, tmp_path):
     own = (
         {"rate_recipe": str(SMOKE), "rate_steps": 12, "confirm_steps": 0}
         if path.stem == "learning_rate"
@@ -163,7 +169,7 @@ def test_notebooks_pass_nbval(path, trained, tmp_path):
     papermill.execute_notebook(
         path,
         tmp_path / path.name,
-        {**_smoke(), "output_dir": str(trained.output_dir), "run_name": "trained", **own},
+        {**_smoke(), "output_dir": str(runs), "run_name": "trained", **own},
         prepare_only=True,
         progress_bar=False,
     )
