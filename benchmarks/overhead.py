@@ -27,6 +27,7 @@ from lmlib.analysis import figures, frames
 from lmlib.config import RunConfig
 from lmlib.files import PROJECT_ROOT, resolve_path
 from lmlib.notebook import live
+from lmlib.notebook.chart import Figure
 from lmlib.run import prepare as preparing
 
 STEPS, EVALUATIONS, CHECKPOINTS = 10_000, 100, 10
@@ -122,7 +123,7 @@ def chart(config: RunConfig, folder: str, records: int) -> float:
             for n in range(number):
                 json.dump({**record, "step": (n + 1) * STEPS // number}, file)
                 file.write("\n")
-    widget = figures.widget(figures.training_curves(frames.read_runs(run)))
+    widget = Figure(figures.training_curves(frames.read_runs(run)))
     began = time.perf_counter()
     for _ in range(10):
         figures.update(widget, frames.read_runs(run))

@@ -116,13 +116,6 @@ def titled(title: str, unit: str = "") -> str:
     return f"<b>{title}</b>" + (f"  {unit}" if unit else "")
 
 
-def widget(figure: go.Figure) -> go.FigureWidget:
-    """Return a figure as a widget that is as wide as its place."""
-    shown = go.FigureWidget(figure)
-    shown._config = render.CONFIG
-    return shown
-
-
 def update(widget: go.FigureWidget, frame: pd.DataFrame):
     """Move the training curves of one run, shown as a widget, to newer records; its zoom stays."""
     [folder] = frame.attrs["runs"].values()

@@ -1,10 +1,66 @@
 """A Plotly figure as a widget that fills its place, and that a reloaded page shows as it is now."""
 
 from copy import deepcopy
+from functools import cache
 
 import anywidget
 import ipywidgets as w
 import plotly.graph_objects as go
+import traitlets
+
+from lmlib.analysis import render
+
+
+class Code(anywidget.AnyWidget):
+    """Plotly's code for the browser: 5 MB, which every go.FigureWidget brings along."""
+    _esm = "export default {}"
+    text = traitlets.Unicode(str(go.FigureWidget._esm)).tag(sync=True)
+
+
+class Figure(go.FigureWidget):
+    """A figure as a widget that is as wide as its place.
+
+    The figures of a page share Plotly's code. Several copies take a slow machine more than the two
+    seconds after which anywidget gives up a widget; it would be drawn, but follow no change.
+    """
+    _esm = """
+    async function load(manager, id) {
+        const code = (await manager.get_model(id)).get("text")
+        const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }))
+        return (await import(url)).default
+    }
+    export default () => {
+        let widget, loaded
+        return {
+            async initialize({ model }) {
+                window.lmlibPlotly ??= load(model.widget_manager, model.get("_code"))
+                loaded = window.lmlibPlotly.then(create => {
+                    widget = create()
+                    widget.initialize({ model })
+                })
+                loaded.catch(() => delete window.lmlibPlotly)  // the next figure tries again
+                await Promise.race([loaded, new Promise(later => setTimeout(later, 1000))])
+            },
+            async render(context) {
+                await loaded
+                return widget.render(context)
+            }
+        }
+    }"""
+    _code = traitlets.Unicode().tag(sync=True)  # the model's id
+
+    def __init__(self, figure: go.Figure):
+        super().__init__(figure)
+        self._config = render.CONFIG
+
+    @traitlets.default("_code")
+    def _shared_code(self) -> str:
+        return shared_code().model_id
+
+
+@cache
+def shared_code() -> Code:
+    return Code()
 
 
 class Fit(anywidget.AnyWidget):
@@ -28,11 +84,11 @@ class Chart:
     """A figure that can be replaced; its widget is `box`."""
 
     def __init__(self, figure: go.Figure):
-        self.box = w.VBox([go.FigureWidget(), Fit()], layout={"width": "100%"})
+        self.box = w.VBox([Figure(go.Figure()), Fit()], layout={"width": "100%"})
         self.show(figure)
 
     @property
-    def figure(self) -> go.FigureWidget:
+    def figure(self) -> Figure:
         return self.box.children[0]
 
     def show(self, figure: go.Figure):
@@ -48,9 +104,7 @@ class Chart:
                 shown.update(new)
                 shown.layout.update(lists, overwrite=True)
         else:
-            widget = go.FigureWidget(figure)
-            widget._config = {"responsive": True, "displaylogo": False}
-            self.box.children = [widget, self.box.children[1]]
+            self.box.children = [Figure(figure), self.box.children[1]]
             shown.close()
         # A page that is loaded again asks for these two, which Plotly sets at the beginning only.
         # Changed in place, they are not sent to pages that follow the changes.

@@ -18,7 +18,7 @@ from lmlib.checkpoint import checkpoint_steps
 from lmlib.errors import Stopped
 from lmlib.files import read_mapping
 from lmlib.notebook import token_html
-from lmlib.notebook.chart import Fit
+from lmlib.notebook.chart import Figure, Fit
 from lmlib.notebook.header import header, next_steps, notebook_link
 from lmlib.run.records import Record, describe, read_records
 from lmlib.text import printable
@@ -158,7 +158,7 @@ class _Page:
         """Show the curves as a widget, or move its lines."""
         frame = frames.read_runs(self.run_dir)
         if self.widget is None:
-            self.widget = figures.widget(figures.training_curves(frame))
+            self.widget = Figure(figures.training_curves(frame))
             self.texts = ipywidgets.HTML()
             width = {"max_width": f"{render.WIDTH}px"}  # that of the image
             box = ipywidgets.VBox([self.widget, Fit(), self.texts], layout=width)

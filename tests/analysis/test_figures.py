@@ -16,6 +16,7 @@ from matplotlib.text import Text
 
 from lmlib.analysis import figures, frames, panels, ranking, render
 from lmlib.files import PROJECT_ROOT
+from lmlib.notebook import chart
 
 
 def test_curves_show_the_metrics(trained):
@@ -197,18 +198,18 @@ def test_the_toolbar_is_transparent_and_has_few_buttons_wherever_a_chart_is_show
     frame = frames.read_runs(trained.run_dir)
     figure = figures.training_curves(frame)
     content = figures.chart_bundle(frame)["application/vnd.plotly.v1+json"]
-    for layout in (figures.widget(figure).layout.to_plotly_json(), content["layout"]):
+    for layout in (chart.Figure(figure).layout.to_plotly_json(), content["layout"]):
         assert layout["modebar"]["bgcolor"] == "rgba(0, 0, 0, 0)"
         assert {"zoomin", "zoomout", "select", "lasso"} < set(layout["modebar"]["remove"])
         assert layout["modebar"]["orientation"] == "v" and layout["legend"]["x"] == 0
-    assert content["config"] == figures.widget(figure)._config == render.CONFIG
+    assert content["config"] == chart.Figure(figure)._config == render.CONFIG
 
 
 def test_a_widget_moves_to_newer_records_and_keeps_its_zoom(trained):
     frame = frames.read_runs(trained.run_dir)
     early = frame[frame["step"] <= 5]
     early.attrs = frame.attrs
-    widget = figures.widget(figures.training_curves(early))
+    widget = chart.Figure(figures.training_curves(early))
     widget.layout.yaxis.range = [1, 2]  # as a browser reports a zoom
     before = widget.layout.yaxis.autorangeoptions.clipmax
     figures.update(widget, frame)

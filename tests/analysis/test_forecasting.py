@@ -11,6 +11,7 @@ from lmlib.analysis import figures, frames
 from lmlib.analysis.forecasting import forecast_from
 from lmlib.cli.look import runs as list_runs
 from lmlib.config import RunConfig
+from lmlib.notebook import chart
 from lmlib.optim import schedule
 
 
@@ -127,7 +128,7 @@ def test_the_chart_has_a_faint_band_until_the_end(tmp_path, x):
 
 def test_the_live_chart_moves_the_band_and_drops_it_at_the_end(tmp_path):
     run = write_run(tmp_path / "run", 500)
-    widget = figures.widget(figures.training_curves(frames.read_runs(run)))
+    widget = chart.Figure(figures.training_curves(frames.read_runs(run)))
     [band] = [trace for trace in widget.data if trace.fill == "toself"]
     assert min(band.x) == 500
     lines = (write_run(tmp_path / "whole", 1000) / "metrics.jsonl").read_text()

@@ -77,9 +77,6 @@ def lab(trained, lab_folder):
     jupyter.copy_notebook(
         "curves", folder, "follow", run_name="trained", others=["followed"], **run
     )
-    # With a kernel of its own: where a kernel has run the cell before, a reloaded page may show
-    # charts that follow nothing until the cell is run again (docs/faq.md).
-    jupyter.copy_notebook("curves", folder, "narrow", run_name="trained", **run)
     short = {"rate_recipe": "params/smoke.yaml", "rate_steps": 20, "confirm_steps": 0}
     jupyter.copy_notebook("compare", folder, output_dir=str(folder / "outputs"))
     jupyter.copy_notebook("compare", folder, "no_sweep", output_dir=str(folder / "none"))
@@ -436,7 +433,7 @@ def test_the_explorer_fits_a_narrow_page_and_survives_a_reload(browser, lab, tra
     found = json.loads(environment.read_text())
     found["data"]["tokenizer"] = "another"
     environment.write_text(json.dumps(found))
-    page = ran(browser, lab, "curves", "narrow")
+    page = ran(browser, lab, "curves")  # again, in the kernel of another test
     page.set_viewport_size({"width": 1000, "height": 900})
     chart = "document.querySelector('.js-plotly-plot')"
     runs = f"{chart}.data.filter(t => t.visible !== false).map(t => t.legendgroup)"

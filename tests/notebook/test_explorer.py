@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 
-from lmlib.notebook import explorer, picker
+from lmlib.notebook import chart, explorer, picker
 
 
 @pytest.fixture
@@ -149,11 +149,21 @@ def test_a_page_that_is_loaded_again_gets_what_the_charts_show_now(pair):
     view = explored(pair)
     view.x.value, view.log_loss.value = "tokens", True
     view.switches[pair[1]].value = False
-    for chart in view.charts.values():
-        state = deepcopy(chart.figure.get_state(["_widget_data", "_widget_layout"]))
-        assert state["_widget_data"] == chart.figure._data
-        assert state["_widget_layout"] == chart.figure._layout
+    for shown in view.charts.values():
+        state = deepcopy(shown.figure.get_state(["_widget_data", "_widget_layout"]))
+        assert state["_widget_data"] == shown.figure._data
+        assert state["_widget_layout"] == shown.figure._layout
     assert view.charts["Curves"].figure._widget_layout["yaxis"]["type"] == "log"
+
+
+def test_the_charts_of_a_page_share_one_copy_of_plotly(pair):
+    figures = [shown.figure for shown in explored(pair).charts.values()]
+    states = [figure.get_state() for figure in figures]
+    assert len(states) > 1 and {state["_code"] for state in states} == {
+        chart.shared_code().model_id
+    }
+    assert max(len(state["_esm"]) for state in states) < 2000
+    assert len(chart.shared_code().text) > 4_000_000
 
 
 def test_outside_jupyterlab_it_prints_the_state_of_runs_and_shows_a_chart(pair, capsys):
