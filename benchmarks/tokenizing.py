@@ -28,7 +28,7 @@ from lmlib.config import RunConfig
 from lmlib.data import verify
 from lmlib.data.corpus import corpus_files
 from lmlib.data.prepare import prepare
-from lmlib.files import read_json, write_json
+from lmlib.files import json_sha256, read_json, write_json
 
 OPEN = """
 import json, sys, time
@@ -104,7 +104,7 @@ def grow(folder: Path, size: int):
     os.truncate(folder / verify.STREAMS["training"], size)
     info["training"]["tokens"] = size // np.dtype(info["dtype"]).itemsize
     info.pop("digest")
-    write_json(folder / "store.json", {**info, "digest": verify._digest(info)})
+    write_json(folder / "store.json", {**info, "digest": json_sha256(info)})
 
 
 if __name__ == "__main__":

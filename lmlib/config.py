@@ -4,15 +4,13 @@ The defaults are the quickstart recipe. The parameters cell of train.ipynb repea
 comments of the class; a parameter, its default and its comment have one home: here.
 """
 
-import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from lmlib.errors import UserError
-from lmlib.files import read_json, resolve_path
+from lmlib.files import json_sha256, read_json, resolve_path
 from lmlib.leaks import LEAKY
 from lmlib.parameters import coerce, read_parameters, unknown_name
 
@@ -179,7 +177,7 @@ class RunConfig:
         """
         own = {name: value for name, value in self.fixed_parameters().items()
                if name not in ABSENT or value != ABSENT[name]}
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        return json_sha256(own)
 
 
 def unused_parameters(attention: str, feed_forward: str) -> set[str]:

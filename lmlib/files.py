@@ -70,6 +70,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def flush(path: Path):
     """Flush a file to disk."""
     with open(path, "r+b") as file:  # Windows flushes only what may be written

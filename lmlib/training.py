@@ -294,7 +294,7 @@ def _save(run: Run, optimizer_state: dict[str, Tensor], scheduled: bool):
     progress, store = run.progress, run.store
     progress.metrics_size, progress.timing = run.metrics.size(), run.throughput.state()
     run.saver.save(run.config.run_dir, model_tensors(run.model), optimizer_state, config=run.config,
-                   tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.leaks,
+                   tokenizer=store.tokenizer, scheduled=scheduled, leaks=run.audit["leaks"],
                    state={**asdict(progress), "arithmetic_version": ARITHMETIC_VERSION,
                           "sums_as_tree": True},
                    provenance={"data": data_hash(store.info), "lineage": run.lineage.state,

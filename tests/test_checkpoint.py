@@ -15,9 +15,8 @@ from survival import CORRUPTIONS, FILES
 
 import lmlib
 from lmlib import checkpoint
-from lmlib.files import PROJECT_ROOT
+from lmlib.files import PROJECT_ROOT, json_sha256
 from lmlib.model import huggingface
-from lmlib.model.manifest import digest
 
 
 @pytest.fixture
@@ -503,7 +502,7 @@ def rewrite_manifest(file, drop=(), **changes):
     content = json.loads(file.read_text())
     dropped = {name: value for name, value in content.items() if name not in {*drop, "digest"}}
     content = {**dropped, **changes}
-    file.write_text(json.dumps({**content, "digest": digest(content)}))
+    file.write_text(json.dumps({**content, "digest": json_sha256(content)}))
 
 
 def make_format_1(folder):

@@ -9,7 +9,6 @@ import pytest
 from lmlib import files
 from lmlib.checkpoint import checkpoint_steps
 from lmlib.files import PROJECT_ROOT
-from lmlib.run import clean
 
 SCRIPT = PROJECT_ROOT / "tests" / "support" / "like_windows.py"
 
@@ -56,10 +55,3 @@ def test_a_folder_is_not_opened_where_that_is_impossible(monkeypatch, tmp_path):
         files.sync_folder(tmp_path)
     monkeypatch.delattr(os, "O_DIRECTORY")
     files.sync_folder(tmp_path)
-
-
-def test_a_process_is_not_ended_by_asking_whether_it_has_ended(monkeypatch):
-    assert clean._has_ended(2**22 - 1) and not clean._has_ended(os.getpid())
-    monkeypatch.setattr(os, "name", "nt")
-    monkeypatch.delattr(os, "kill")
-    assert not clean._has_ended(2**22 - 1)

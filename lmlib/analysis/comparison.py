@@ -70,7 +70,11 @@ def compare(run: str | Path, other: str | Path, step: int | None = None) -> Diff
     named = frames.named_folders([run, other])
     if len(named) < 2:
         raise UserError(f"{run} and {other} are the same run: name two.")
-    _refuse_mixing({name: known_leaks(folder) for name, folder in named.items()})
+    leaks = {name: checks for name, folder in named.items() if (checks := known_leaks(folder))}
+    if len(leaks) == 1:
+        [[leaky, checks]] = leaks.items()
+        raise UserError(f"{' and '.join(named)} cannot be compared: {leaky} leaks, as it failed "
+                        f"the checks {printable(checks)}. Compare honest runs, or two that leak.")
     first, second = (read_evaluation(folder, step) for folder in named.values())
     names, steps = tuple(named), (first.attrs["step"], second.attrs["step"])
     is_same = all(first.attrs[key] == second.attrs[key] for key in SAME_TOKENS)
@@ -83,15 +87,6 @@ def compare(run: str | Path, other: str | Path, step: int | None = None) -> Diff
     estimate = difference_of(table)
     table = table.rename(columns={"first": names[0], "second": names[1], "size": size})
     return Difference(names, steps, unit, first.attrs["unit"], estimate, table)
-
-
-def _refuse_mixing(leaks: dict[str, str]):
-    """Raise a ValueError if one of two runs leaks and the other does not."""
-    leaky = [name for name, checks in leaks.items() if checks]
-    if len(leaky) == 1:
-        raise UserError(
-            f"{' and '.join(leaks)} cannot be compared: {leaky[0]} leaks, as it failed the checks "
-            f"{printable(leaks[leaky[0]])}. Compare honest runs, or two that leak.")
 
 
 def read_evaluation(run_dir: str | Path, step: int | None = None) -> pd.DataFrame:

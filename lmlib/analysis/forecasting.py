@@ -9,7 +9,6 @@ intervals contain the end.
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +75,9 @@ def forecast_from(frame: pd.DataFrame, folder: str | Path, level: float = 0.9) -
                                 np.concatenate(noise))
     ahead = np.linspace(max(now, first), config.total_steps, POINTS)
     at = features(ahead)
-    repeated = [_repeated_epochs(config, folder, steps) for steps in (now, ahead)]
+    tokens = frames.environment(Path(folder), "corpus", "training").get("tokens")
+    epochs = config.batch_size * config.sequence_length / tokens if tokens else 0  # of a step
+    repeated = [np.maximum(0, steps * epochs - 1) for steps in (now, ahead)]  # after the first
     variance = np.einsum("ni,ij,nj->n", at, covariance, at) + MISFIT**2
     variance += (OVERFITTING * (repeated[1] - repeated[0])) ** 2
     half = NormalDist().inv_cdf((1 + level) / 2) * WIDENING * scale * np.sqrt(variance)
@@ -125,10 +126,3 @@ def _regress(rows: np.ndarray, values: np.ndarray, noise: np.ndarray
     precision = np.diag(PRIOR_SD**-2.0)
     covariance = np.linalg.inv(precision + rows.T @ (rows / noise[:, None] ** 2))
     return covariance @ (precision @ PRIOR_MEAN + rows.T @ (values / noise**2)), covariance
-
-
-def _repeated_epochs(config: RunConfig, folder: str | Path, steps: Any) -> Any:
-    """Return how many epochs after the first the steps have made; 0 where it is unknown."""
-    tokens = frames.environment(Path(folder), "corpus", "training").get("tokens")
-    epochs = config.batch_size * config.sequence_length / tokens if tokens else 0
-    return np.maximum(0, steps * epochs - 1)

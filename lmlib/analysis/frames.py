@@ -127,10 +127,14 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
               for kind, column in (("step", "loss"), ("eval", "val_loss")) if column in frame]
     tested = read_mapping(folder / "results.json").get("test_steps")
     tested = tested if isinstance(tested, list) else []
-    documents = last_documents(frame)
+    evals = frame[frame["kind"] == "eval"]
+    documents = (evals["val_documents"].iloc[-1]
+                 if len(evals) and "val_documents" in evals else np.nan)
+    known = read_mapping(folder / "environment.json").get("lineage")
+    has_parent = read_mapping(folder / "config.json").get("init_from") is not None
     notes = {
         f"it LEAKS ({printable(leaks)})": leaks,
-        "training history unknown": lineage(folder) == "unknown",
+        "lineage unknown": known == "unknown" or (known is None and has_parent),
         f"scored on only {documents:.0f} document{'' if documents == 1 else 's'}": documents < FEW,
         f"its test text was scored at {len(tested)} steps": len(tested) > 1,
         "its training text contains validation text (see the audit)":
@@ -143,19 +147,6 @@ def run_notes(folder: Path, frame: pd.DataFrame, invalid: int) -> list[str]:
         "some losses are not finite":
             any(loss.isna().any() for loss in losses) or "nonfinite" in set(frame["kind"])}
     return [note for note, holds in notes.items() if holds]
-
-
-def lineage(folder: Path) -> str:
-    """Return "complete" if all that a run and its ancestors trained on is known, else "unknown"."""
-    known = read_mapping(folder / "environment.json").get("lineage")
-    has_parent = read_mapping(folder / "config.json").get("init_from") is not None
-    return "unknown" if known == "unknown" or (known is None and has_parent) else "complete"
-
-
-def last_documents(frame: pd.DataFrame) -> float:
-    """Return the number of documents of a run's last evaluation; NaN if it was not recorded."""
-    evals = frame[frame["kind"] == "eval"]
-    return evals["val_documents"].iloc[-1] if len(evals) and "val_documents" in evals else np.nan
 
 
 def headline(frame: pd.DataFrame, run: str) -> str:

@@ -25,7 +25,7 @@ NOT_THE_MODEL = {"seed", "run_name", "output_dir", "device", "log_every", "eval_
                  "checkpoint_every", "micro_batch_size", "score_test", "keep_checkpoints",
                  "max_hours"}
 BEHIND = ["behind the best", "± seeds", "± documents"]
-UNKNOWN = "training history unknown"
+UNKNOWN = "lineage unknown"
 CONDITIONS = ("95 % intervals for all pairs together; ± seeds: other seeds on these documents; "
               "± documents: other documents with these trained models.")
 

@@ -15,19 +15,12 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib import ticker
 from matplotlib.artist import setp
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-)
 from matplotlib.transforms import Bbox, BboxTransformTo
 
 from lmlib.errors import UserError
@@ -127,7 +120,7 @@ def image(figure: go.Figure) -> Figure:
             scale = LinearSegmentedColormap.from_list("", layout.coloraxis.colorscale)
             colors = axis.pcolormesh(trace.x, rows, trace.z, cmap=scale, vmin=0, vmax=2,
                                      shading="nearest")
-            axis.yaxis.set_major_locator(FixedLocator(rows[::every]))
+            axis.yaxis.set_major_locator(ticker.FixedLocator(rows[::every]))
             axis.set_yticks(rows[::every], trace.y[::every])
         else:
             _draw_line(axis, trace)
@@ -203,11 +196,11 @@ def _add_axes(drawn: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
         if scale.type == "log":
             set_scale("log")
         elif scale.type != "category":  # more labels of large steps would overlap
-            side.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+            side.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if scale.type != "category":
             is_share = (scale.tickformat or "").endswith("p")
-            side.set_major_formatter(FuncFormatter(_percent if is_share else _tick))
-    axis.xaxis.set_minor_formatter(NullFormatter())  # labels between powers would overlap
+            side.set_major_formatter(ticker.FuncFormatter(_percent if is_share else _tick))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())  # labels between powers would overlap
     if y.autorange == "reversed":
         axis.invert_yaxis()
     axis.grid(alpha=0.25, linewidth=0.7)
@@ -221,7 +214,7 @@ def _add_axes(drawn: Figure, paper: BboxTransformTo, x: Any, y: Any) -> Any:
 def _tick(value: float, position: int | None = None) -> str:
     """Return a number on an axis: 0.001, 250, 20k or 3M, without e-notation and without TeX."""
     if abs(value) >= 1e4:
-        return EngFormatter(sep="").format_eng(value)
+        return ticker.EngFormatter(sep="").format_eng(value)
     return np.format_float_positional(float(f"{value:.6g}"), trim="-")
 
 
@@ -237,7 +230,7 @@ def _set_ranges(figure: go.Figure, axes: dict[tuple[str, str], Any]):
         axis.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
     for (_, y), axis in axes.items():
         if axis.get_xscale() == "log" and axis.get_xlim()[1] < 100 * axis.get_xlim()[0]:
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         plotly, (low, high) = figure.layout[f"yaxis{y[1:]}"], axis.get_ylim()
         if plotly.rangemode == "tozero" and axis.get_yscale() != "log":
             axis.set_ylim(bottom=0)
@@ -247,7 +240,7 @@ def _set_ranges(figure: go.Figure, axes: dict[tuple[str, str], Any]):
         low, high = axis.get_ylim()
         if axis.get_yscale() == "log":
             axis.yaxis.set_minor_formatter(
-                NullFormatter() if high > 10 * low else FuncFormatter(_tick))
+                ticker.NullFormatter() if high > 10 * low else ticker.FuncFormatter(_tick))
 
 
 def _draw_line(axis: Any, trace: go.Scatter):

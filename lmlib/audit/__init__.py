@@ -9,7 +9,7 @@ from lmlib.audit.causality import check_causality
 from lmlib.audit.invariance import check_batch_independence, check_cache
 from lmlib.audit.labels import check_labels
 from lmlib.audit.report import Leak, Report
-from lmlib.audit.scores import check_evaluation, check_profile, check_sample, is_noise
+from lmlib.audit.scores import check_evaluation, check_profile, check_sample
 from lmlib.audit.split import (
     check_lineage,
     check_split,

@@ -1,6 +1,5 @@
 """Scores: how an evaluation is made, how precise it is, and what its loss by position shows."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -84,11 +83,6 @@ def check_sample(scores: dict[str, Any], windows: int, tokens: int,
     return Report("sample", True, summary, numbers=numbers)
 
 
-def is_noise(loss: float, stderr: float, other: float, other_stderr: float) -> bool:
-    """Check whether losses on different documents differ by less than two standard errors."""
-    return abs(loss - other) < 2 * math.hypot(stderr, other_stderr)
-
-
 def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[float]) -> Report:
     """Check that loss (nats) and accuracy by position look like a causal model's."""
     # Without a causal mask, a model sees the answer at every position but the last. Its accuracy
@@ -125,9 +119,3 @@ def check_profile(losses: Tensor | Iterable[float], accuracy: Tensor | Iterable[
     numbers = {"loss": loss, "accuracy": correct, "last loss": last, "last accuracy": p,
                "positions": L}
     return Report("profile", not fault, summary, pattern=fault, numbers=numbers)
-
-
-def loss_by_overlap(losses: Tensor, shared: Tensor) -> dict[str, float]:
-    """Return the mean loss of `all`, `new` and `shared` tokens (W, T), and the `share` of these."""
-    return {"all": float(losses.mean()), "new": float(losses[~shared].mean()),
-            "shared": float(losses[shared].mean()), "share": float(shared.double().mean())}

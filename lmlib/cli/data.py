@@ -1,15 +1,11 @@
 """lmlib data."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from lmlib.cli.display import paint, show
 from lmlib.cli.train import load_config
 from lmlib.errors import UserError
 from lmlib.text import printable
-
-if TYPE_CHECKING:
-    from lmlib.data.describe import SplitSummary
 
 
 def data(options: argparse.Namespace):
@@ -35,14 +31,9 @@ def data(options: argparse.Namespace):
                                                          splits[0].lengths), "bold"))
     for split in splits:
         print(f"{split.name:22}" + "".join(f"{n:>10,}" for n in split.lengths.values()))
-    print("\n" + _epochs(config, splits[0]) + "\n")
+    windows = config.total_steps * config.batch_size
+    print(f"\n{config.total_steps:,} steps of {config.batch_size} windows read the training text "
+          f"{windows / max(1, splits[0].windows):.2f} times.\n")
     for text in describe.samples(store):
         print(paint("> ", "dim") + printable(text).replace("\n", paint("\n> ", "dim")) + "\n")
     store.wait_until_verified()
-
-
-def _epochs(config, training: "SplitSummary") -> str:
-    """Say how often a run reads its training text."""
-    windows = config.total_steps * config.batch_size
-    return (f"{config.total_steps:,} steps of {config.batch_size} windows read the training text "
-            f"{windows / max(1, training.windows):.2f} times.")

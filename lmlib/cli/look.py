@@ -136,11 +136,8 @@ def clean(options: argparse.Namespace) -> int:
         path = printable(str(leftover.path.relative_to(output_dir)))
         print(f"{format_size(leftover.size):>9}  {path}  ({leftover.why})")
     print(f"{format_size(sum(leftover.size for leftover in found)):>9}  in all")
-    if not options.yes and not sys.stdin.isatty():
+    if not options.yes and not (sys.stdin.isatty() and confirm("Delete? [y/N] ")):
         print("Nothing is deleted. To delete these: lmlib clean --yes")
-        return 0
-    if not options.yes and not confirm("Delete? [y/N] "):
-        print("Nothing is deleted.")
         return 0
     kept = delete(output_dir, found)
     for leftover in kept:

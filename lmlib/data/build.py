@@ -268,7 +268,8 @@ def repair(config: RunConfig, tokenizer: Any, folder: Path) -> list[str] | None:
             file.truncate(info[split]["tokens"] * encoder.dtype.itemsize)
     for entry in table["shards"]:
         for split, count in entry["tokens"].items():
-            tokens = _stretch(folder, split, encoder.dtype, place[split], count)
+            tokens = np.fromfile(folder / STREAMS[split], encoder.dtype, count,
+                                 offset=place[split] * encoder.dtype.itemsize)
             if hashlib.sha256(tokens).hexdigest() != entry["sha256"][split]:
                 damaged.setdefault(entry["shard"], (entry["text"], []))[1].append(
                     (split, place[split], count))
@@ -293,7 +294,3 @@ def repair(config: RunConfig, tokenizer: Any, folder: Path) -> list[str] | None:
                     break  # with max_tokens the corpus may have no end
     (folder / "damaged").unlink(missing_ok=True)
     return None if damage(folder) else sorted(damaged)
-
-
-def _stretch(folder: Path, split: str, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    return np.fromfile(folder / STREAMS[split], dtype, count, offset=start * dtype.itemsize)

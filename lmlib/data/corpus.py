@@ -23,14 +23,6 @@ LONGEST_LINE = 2**28  # characters of a line, or of a JSON array, which are read
 LONGEST_DOCUMENT = 2**26  # characters; its tokens take some 50 bytes of memory a character
 
 
-class Document(NamedTuple):
-    """A document and where it belongs."""
-    text: str
-    hash: int  # 64 bits, of its normalized text
-    split: str  # "training", "validation" or "test"
-    file: int | None  # number of the .txt file that it was cut from; None: a whole document
-
-
 class SplitRule(NamedTuple):
     """Which documents of a corpus are held out."""
     validation: float  # up to this part of the hashes' range: validation
@@ -256,16 +248,6 @@ def content_hash(document: str) -> int:
     """Hash a document's normalized text to 64 bits: copies in other case or spacing are equal."""
     digest = hashlib.sha256(normalize(document).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8])
-
-
-def split_documents(config: RunConfig) -> list[Iterator[Document]]:
-    """Return a stream of documents per corpus: the corpus, and the validation corpus if any."""
-    def stream(corpus: str, rule: SplitRule) -> Iterator[Document]:
-        for text, file in documents(corpus, config):
-            number = content_hash(text)
-            yield Document(text, number, rule.split_of(number), file)
-
-    return [stream(corpus, rule) for corpus, rule in split_rules(config)]
 
 
 def split_rules(config: RunConfig) -> list[tuple[str, SplitRule]]:

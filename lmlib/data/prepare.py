@@ -5,7 +5,6 @@ and store.json, which is written last and has a hash of everything.
 """
 
 import hashlib
-import json
 import platform
 import shutil
 import uuid
@@ -22,12 +21,12 @@ from filelock import FileLock, Timeout
 from lmlib.config import RunConfig
 from lmlib.data import verify
 from lmlib.data.build import repair, write_splits
-from lmlib.data.corpus import corpus_files, split_documents
+from lmlib.data.corpus import content_hash, corpus_files, documents, split_rules
 from lmlib.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
 from lmlib.data.tokens import TokenStore
 from lmlib.data.verify import SHARDS, SPLITS, STREAMS, damage, write_info
 from lmlib.errors import UserError
-from lmlib.files import file_sha256, flush, read_mapping, sync_folder, write_json
+from lmlib.files import file_sha256, flush, json_sha256, read_mapping, sync_folder, write_json
 
 STORE_FORMAT = 2
 IDENTITY = "identity.json"  # of the tokenizer that is kept with the shards
@@ -119,8 +118,7 @@ def _folder_of(config: RunConfig, stores: Path, identity: dict[str, Any]) -> Pat
     are in a store that is named by how it was trained.
     """
     def named(identity: dict[str, Any]) -> Path:
-        content = json.dumps(identity, sort_keys=True).encode()
-        return stores / hashlib.sha256(content).hexdigest()[:24]
+        return stores / json_sha256(identity)[:24]
 
     folder = named(identity)
     if isinstance(identity["tokenizer"], list) or folder.exists():  # one is to be trained
@@ -210,8 +208,8 @@ def _trained_tokenizer(config: RunConfig, folder: Path) -> Any:
         warnings.warn(f"The tokenizer in {folder} is damaged; it is trained again.", stacklevel=4)
         for path in folder.parent.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    training = (document.text for stream in split_documents(config)
-                for document in stream if document.split == "training")
+    training = (text for corpus, rule in split_rules(config) for text, _ in
+                documents(corpus, config) if rule.split_of(content_hash(text)) == "training")
     # 200 million characters are plenty for merges, and bound the memory.
     tokenizer = train_tokenizer(_up_to(200_000_000, training), config.vocab_size)
     draft = folder.with_name("tokenizer.draft")
@@ -243,9 +241,9 @@ def _check_lengths(config: RunConfig, store: TokenStore):
                        f"{store.info[name]['documents']} documents" for name in needed)
     remedy = "use more text or shorter windows"
     if config.split == "documents" and (found := _fractions_that_work(config, store.tokenizer)):
-        fractions, documents = found
+        fractions, counted = found
         values = " and ".join(f"{name} {value:g}" for name, value in fractions.items())
-        kept = " and ".join(f"{count} for {name}" for name, count in documents.items())
+        kept = " and ".join(f"{count} for {name}" for name, count in counted.items())
         remedy = f"{values} would hold out {kept} of its documents; or {remedy}"
     raise UserError(
         f"The {' and '.join(short)} split of {config.validation_corpus or config.corpus} is "
@@ -256,11 +254,12 @@ def _check_lengths(config: RunConfig, store: TokenStore):
 def _fractions_that_work(config: RunConfig, tokenizer: Any
                          ) -> tuple[dict[str, float], dict[str, int]] | None:
     """Return the smallest fractions that leave every split a window and a fifth, and the counts."""
-    documents, lengths = [], []
-    for document in islice(split_documents(config)[-1], 20_000):  # of short splits there are few
-        documents.append(document.hash / 2**64)
-        lengths.append(len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) + 1)
-    places, tokens = np.array(documents), np.array(lengths)
+    places, lengths = [], []
+    corpus, _ = split_rules(config)[-1]
+    for text, _ in islice(documents(corpus, config), 20_000):  # of short splits there are few
+        places.append(content_hash(text) / 2**64)
+        lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1)
+    places, tokens = np.array(places), np.array(lengths)
     need, has_test = 1.2 * (config.sequence_length + 1), config.has_test and config.score_test
     grid = [n / 20 for n in range(1, 19)]
     fixed = config.test_fraction if config.has_test else 0

@@ -1,6 +1,5 @@
 """Documents -> tokenizer, and how many bytes of text each token stands for."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmlib.errors import UserError
-from lmlib.files import resolve_path
+from lmlib.files import json_sha256, resolve_path
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -48,8 +47,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
     """Hash what a tokenizer does: its rules and its end-of-text token, wherever its files lie."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {**backend, "truncation": None, "padding": None}  # settings of a call
-    text = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json_sha256([rules, tokenizer.eos_token_id])
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:

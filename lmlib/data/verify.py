@@ -5,7 +5,6 @@ the stream is divided into files.
 """
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lmlib.files import file_sha256, flush, read_mapping, sync_folder, write_json
+from lmlib.files import file_sha256, flush, json_sha256, read_mapping, sync_folder, write_json
 
 SPLITS = ("training", "validation", "test")
 STREAMS = {"training": "train.bin", "validation": "validation.bin", "test": "test.bin"}
@@ -40,7 +39,7 @@ def write_info(folder: Path, info: dict[str, Any]):
     for file in folder.iterdir():
         flush(file)
     info = {**info, "sha256": hashes}
-    write_json(folder / "store.json", {**info, "digest": _digest(info)})
+    write_json(folder / "store.json", {**info, "digest": json_sha256(info)})
     sync_folder(folder)
 
 
@@ -56,7 +55,7 @@ def damage(folder: Path) -> str:
     """
     info = read_mapping(folder / "store.json")
     try:
-        if info.pop("digest") != _digest(info):
+        if info.pop("digest") != json_sha256(info):
             return "store.json"
         sizes = {split: info[split]["tokens"] * np.dtype(info["dtype"]).itemsize
                  for split in SPLITS}
@@ -121,10 +120,6 @@ def _piece_hashes(file: Path) -> Iterator[str]:
             if left == PIECE:
                 return
             yield piece.hexdigest()
-
-
-def _digest(info: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def _stream_hash(hashes: list[str]) -> str:

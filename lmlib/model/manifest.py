@@ -1,12 +1,11 @@
 """The manifest of a folder: the size and SHA-256 of each of its files, written after them."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from lmlib.files import file_sha256, flush, write_json
+from lmlib.files import file_sha256, flush, json_sha256, write_json
 from lmlib.model.huggingface import CheckpointError
 
 FORMAT = 2
@@ -24,7 +23,7 @@ def write_manifest(folder: Path, name: str, content: dict[str, Any]) -> dict[str
         flush(file)  # a manifest must not outlive its files in a power cut
         files[file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     manifest = {"format": FORMAT, **content, "files": files}
-    manifest["digest"] = digest(manifest)
+    manifest["digest"] = json_sha256(manifest)
     write_json(folder / name, manifest)
     return manifest
 
@@ -37,7 +36,7 @@ def verify_manifest(folder: Path, name: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / name).read_bytes())
-        if manifest.pop("digest") != digest(manifest):
+        if manifest.pop("digest") != json_sha256(manifest):
             raise CheckpointError(f"{folder} is corrupted: {name} does not match its own digest.")
         if manifest["format"] not in READABLE:
             known = " and ".join(map(str, READABLE))
@@ -61,7 +60,3 @@ def verify_manifest(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has files that {name} does not list and that loading "
                               f"might read: {', '.join(added)}. Move them elsewhere.")
     return manifest
-
-
-def digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -67,7 +67,8 @@ def _tiles(step: float, total: float | None, state: str,
 
     loss, bits = last("eval", "val_loss"), last("eval", "val_bits_per_byte")
     speed, left = last("step", "tokens_per_second"), last("step", "seconds_left")
-    spent, scored = max(map(_seconds, latest.values()), default=0.0), last("eval", "step")
+    spent = max((_number(record.get("seconds")) or 0 for record in latest.values()), default=0)
+    scored = last("eval", "step")
     at = "" if scored is None else f"at step {scored:,.0f}"
     value, error = _loss(loss, last("eval", "val_loss_stderr"), last("eval", "val_documents"))
     is_running = state == "running"
@@ -91,10 +92,6 @@ def _loss(loss: float | None, stderr: float | None, documents: float | None) -> 
         return f"{loss:.3f}", "one document: no interval"
     few = ": few" if estimate.is_few else ""
     return f"{loss:.2f} ± {half:.2f}", f"95 %, {documents} documents{few}"
-
-
-def _seconds(record: dict[str, Any]) -> float:
-    return _number(record.get("seconds")) or 0.0
 
 
 def _number(value: Any) -> float | None:

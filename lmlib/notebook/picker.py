@@ -17,15 +17,10 @@ def describe(row: pd.Series) -> str:
     return " · ".join([row["state"], date, score, *filter(None, [row["notes"]])])
 
 
-def options(output_dir: str | Path) -> list[tuple[str, Path]]:
-    """Return a line and the folder of each run under a folder, newest first."""
-    return [(f"{name} · {describe(row)}", Path(row["folder"]))
-            for name, row in frames.overview(output_dir).iterrows()]
-
-
 def run_menu(output_dir: str | Path, chosen: Path | None = None, **layout: str) -> w.Dropdown:
     """Return a menu of runs whose value is a run's folder: `chosen` if it is there, or None."""
-    runs = options(output_dir)
+    runs = [(f"{name} · {describe(row)}", Path(row["folder"]))
+            for name, row in frames.overview(output_dir).iterrows()]
     chosen = resolve_path(chosen).absolute() if chosen else None
     value = chosen if chosen in [folder for _, folder in runs] else None
     return w.Dropdown(options=runs, value=value, description="run",

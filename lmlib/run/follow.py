@@ -1,5 +1,6 @@
 """Train a run in several processes from one that only watches: a notebook, or a script."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,7 +17,7 @@ from lmlib.errors import Stopped, UserError
 from lmlib.files import PROJECT_ROOT
 from lmlib.parameters import absolute_paths
 from lmlib.run.lock import PARENT
-from lmlib.run.records import Record, parse_record
+from lmlib.run.records import Record
 from lmlib.run.start import Start
 
 PAUSE = 0.1  # seconds between two looks for new records
@@ -81,12 +81,8 @@ def _new_records(metrics: Path, position: int, process: subprocess.Popen) -> Ite
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]  # the last line may be half-written
             position += len(whole)
-            yield from map(_record, whole.decode().splitlines())
+            for values in map(json.loads, whole.decode().splitlines()):
+                timing = values.pop("timing", {})
+                yield Record(values.pop("kind"), values.pop("step"), values, timing)
             if is_running and not whole:
                 time.sleep(PAUSE)
-
-
-def _record(line: str) -> Record:
-    values: dict[str, Any] = parse_record(line) or {}
-    timing = values.pop("timing", {})
-    return Record(values.pop("kind"), values.pop("step"), values, timing)

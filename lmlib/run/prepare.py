@@ -75,11 +75,6 @@ class Run:
         return self.owners[self.model.get_parameter(key.rsplit("/", 1)[0])]
 
     @property
-    def leaks(self) -> str:
-        """The failed checks that `allow_leaks` permits."""
-        return self.audit["leaks"]
-
-    @property
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint with its training state, but for the tokenizer."""
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -87,8 +82,8 @@ class Run:
 
     @property
     def leak_mark(self) -> dict[str, str]:
-        """What every config, result and score of a leaky run holds; else empty."""
-        return {LEAKY: self.leaks} if self.leaks else {}
+        """What every config, result and score of a run with leaks that were allowed holds."""
+        return {LEAKY: leaks} if (leaks := self.audit["leaks"]) else {}
 
 
 def prepare(start: Start, store: TokenStore | None = None) -> Run:

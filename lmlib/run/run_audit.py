@@ -142,13 +142,14 @@ class _TextAudit:
                              summary=f"{report.summary} {contamination.summary}")
         shared = split.shared_spans(store.train, store.validation, found.text.starts,
                                     self.config.sequence_length + 1, n)[:, 1:]
-        parts = scores.loss_by_overlap(found.losses, shared)
-        if not parts["share"]:
+        losses = found.losses
+        if not shared.any():
             return report
         return replace(report, summary=(
-            f"{report.summary} Of the scored tokens, {parts['share']:.2%} are in a run of {n} "
-            f"tokens of training text; their loss is {parts['shared']:.2f} nats, and without them "
-            f"the loss is {parts['new']:.4f} instead of {parts['all']:.4f}."))
+            f"{report.summary} Of the scored tokens, {shared.double().mean():.2%} are in a run of "
+            f"{n} tokens of training text; their loss is {losses[shared].mean():.2f} nats, and "
+            f"without them the loss is {losses[~shared].mean():.4f} instead of "
+            f"{losses.mean():.4f}."))
 
     def check_lineage(self) -> Report:
         return preflight.check_lineage_of(self.store, self.known)

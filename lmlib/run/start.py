@@ -34,7 +34,6 @@ class Start:
     step: int  # updates made so far
     source: Path | None  # verified model folder with the weights; None: random weights
     resumes: bool  # the source is a checkpoint of this run, with its training state
-    tokenizer: str | None  # folder of the tokenizer that the weights need; None: config.tokenizer
     results: dict[str, Any] | None  # results.json if the run is finished, else None
     steps: list[int]  # of the run's checkpoints when this was decided
 
@@ -69,9 +68,7 @@ def find_start(config: RunConfig) -> Start:
             f"{source} is at step {step}, beyond total_steps {config.total_steps}. "
             f"Set total_steps to {step}, to finish there, or to more.")
     return Start(config, device, pick_dtype(config.dtype, device), step, source,
-                 resumes=bool(steps) and not results,
-                 tokenizer=str(source) if source else None,
-                 results=results, steps=steps)
+                 resumes=bool(steps) and not results, results=results, steps=steps)
 
 
 def finished_results(config: RunConfig) -> dict[str, Any] | None:
@@ -165,12 +162,12 @@ def _start_from_parent(config: RunConfig) -> tuple[RunConfig, Path, int]:
 
 def open_store(start: Start) -> TokenStore:
     """Return the run's tokens, preparing them if no run before has; Ctrl-C raises `Stopped`."""
-    config, tokenizer = start.config, start.tokenizer
-    if start.results and (own := checkpoint.newest_good(config.run_dir)):
-        tokenizer = str(own)
+    config, source = start.config, start.source
+    if start.results:
+        source = checkpoint.newest_good(config.run_dir) or source
     try:
         with files.os_errors_as_value_errors(config.run_dir):
-            return prepare(config, tokenizer=tokenizer)
+            return prepare(config, tokenizer=str(source) if source else None)
     except KeyboardInterrupt:
         raise Stopped("Stopped while the text was being prepared, before the first step. Nothing "
                       "was trained; the same command continues.") from None

@@ -246,9 +246,9 @@ def test_notes_tell_unknown_lineage_and_repeated_tests(tmp_path):
     (marked / "environment.json").write_text('{"lineage": "unknown"}')
     assert frames.read_runs([again, child, known, marked]).attrs["notes"] == {
         "again": ["scored on only 4 documents", "its test text was scored at 2 steps"],
-        "child": ["training history unknown"],  # an older version trained it from something
+        "child": ["lineage unknown"],  # an older version trained it from something
         "known": [],
-        "marked": ["training history unknown"],
+        "marked": ["lineage unknown"],
     }
 
 

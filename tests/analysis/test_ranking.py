@@ -312,7 +312,7 @@ def test_unknown_lineage_is_noted_and_the_test_score_stands_beside(tmp_path):
         )
         (folder / "results.json").write_text(json.dumps({"test_loss": 1.0}))
     table = ranking.ranking(runs)
-    assert list(table["notes"]) == ["", "training history unknown"]
+    assert list(table["notes"]) == ["", "lineage unknown"]
     assert math.isnan(table.loc["a", "test loss"]) and table.loc["b", "test loss"] == 1
     assert list(table.index) == ["a", "b"]  # the test score ranks nothing
-    assert ": worse (training history unknown)" in ranking.summary(runs)
+    assert ": worse (lineage unknown)" in ranking.summary(runs)

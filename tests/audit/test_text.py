@@ -302,11 +302,6 @@ def test_a_score_of_an_older_version_is_not_judged():
     assert audit.check_sample(scores | {"val_loss_stderr": None}, 1, 9).pattern == "too small"
 
 
-def test_a_difference_below_two_standard_errors_is_noise():
-    assert audit.is_noise(3.98, 0.03, 4.02, 0.03) is True
-    assert audit.is_noise(3.98, 0.03, 4.30, 0.03) is False
-
-
 # ---------------------------------------------------------------------------------------------------
 # Profiles
 

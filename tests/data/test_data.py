@@ -16,7 +16,7 @@ from lmlib.config import RunConfig
 from lmlib.data import corpus as corpus_module
 from lmlib.data import prepare as prepare_module
 from lmlib.data import verify
-from lmlib.data.corpus import content_hash, cut, split_documents
+from lmlib.data.corpus import content_hash, cut, split_rules
 from lmlib.data.prepare import prepare
 from lmlib.data.tokenizer import END_OF_TEXT, token_bytes
 from lmlib.data.tokens import permute, window_count
@@ -29,9 +29,9 @@ def documents(corpus: str, config: RunConfig) -> list[str]:
 def texts_of(config: RunConfig) -> dict[str, list[str]]:
     """The documents of each split."""
     found = {split: [] for split in verify.SPLITS}
-    for stream in split_documents(config):
-        for document in stream:
-            found[document.split].append(document.text)
+    for corpus, rule in split_rules(config):
+        for text in documents(corpus, config):
+            found[rule.split_of(content_hash(text))].append(text)
     return found
 
 

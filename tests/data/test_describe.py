@@ -7,7 +7,7 @@ import pytest
 
 from lmlib.cli.parser import main
 from lmlib.data import describe
-from lmlib.data.corpus import split_documents
+from lmlib.data.corpus import content_hash, documents, split_rules
 from lmlib.data.prepare import prepare
 
 CORPUS = {"corpus": "", "validation_fraction": 0.3, "test_fraction": 0.2, "vocab_size": 300}
@@ -28,19 +28,24 @@ def store(smoke, corpus):
     return prepare(smoke(**{**CORPUS, "corpus": corpus}))
 
 
+def texts_by_split(config) -> dict[str, list[str]]:
+    [(corpus, rule)] = split_rules(config)
+    found = {}
+    for text, _ in documents(corpus, config):
+        found.setdefault(rule.split_of(content_hash(text)), []).append(text)
+    return found
+
+
 def test_the_summary_counts_what_is_in_the_store(store):
-    [stream] = split_documents(store.config)
-    by_split = {}
-    for document in stream:
-        by_split.setdefault(document.split, []).append(document)
+    by_split = texts_by_split(store.config)
     summaries = describe.summarize(store)
     assert [s.name for s in summaries] == ["training", "validation", "test"]
     for summary in summaries:
-        documents = by_split[summary.name]
-        encoded = [len(store.tokenizer(d.text)["input_ids"]) + 1 for d in documents]
-        assert summary.documents == len(documents)
-        assert summary.duplicates == len(documents) - len({d.hash for d in documents})
-        assert summary.bytes == sum(len(d.text.encode()) for d in documents)
+        texts = by_split[summary.name]
+        encoded = [len(store.tokenizer(text)["input_ids"]) + 1 for text in texts]
+        assert summary.documents == len(texts)
+        assert summary.duplicates == len(texts) - len({content_hash(text) for text in texts})
+        assert summary.bytes == sum(len(text.encode()) for text in texts)
         assert summary.tokens == sum(encoded)
         assert (summary.lengths["least"], summary.lengths["most"]) == (min(encoded), max(encoded))
         median = np.quantile(encoded, 0.5, method="nearest")
@@ -56,8 +61,7 @@ def test_documents_may_cross_the_chunks_that_are_read(monkeypatch):
 
 
 def test_samples_are_beginnings_of_training_documents(store):
-    [stream] = split_documents(store.config)
-    texts = [document.text for document in stream if document.split == "training"]
+    texts = texts_by_split(store.config)["training"]
     found = describe.samples(store, count=3, length=8)
     assert len(found) == 3 and all(any(t.startswith(s) for t in texts) for s in found)
 

@@ -224,7 +224,7 @@ def test_a_parent_without_lineage_is_never_passed(smoke, rows, trained, tmp_path
     assert found["audit"]["verdicts"]["lineage"].startswith("not judged lineage: lineage unknown")
     card = (child.run_dir / "checkpoints" / "checkpoint_step_3" / "README.md").read_text()
     assert "Lineage unknown" in card and "Test loss" in card
-    assert "training history unknown" in frames.results_table(child.run_dir)["state"].iloc[0]
+    assert "lineage unknown" in frames.results_table(child.run_dir)["state"].iloc[0]
     # Its children do not know either.
     grandchild = smoke(corpus=str(rows), init_from=str(child.run_dir), total_steps=3)
     list(lmlib.train(grandchild))
