@@ -24,7 +24,8 @@ test-slow: $(VENV)/ready-dev
 
 # The tools of docs/ecosystem.md, docs/finetuning.md and docs/trackers.md on our checkpoints.
 ecosystem: $(ECOSYSTEM)/ready
-	$(ECOSYSTEM)/bin/python -m pytest -q -m ecosystem $(ARGS)
+	JUPYTER_PATH=$(CURDIR)/$(VENV)/share/jupyter $(ECOSYSTEM)/bin/python -m pytest -q -m ecosystem \
+		$(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
@@ -62,11 +63,12 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# It sees the packages of .venv by a .pth file, and holds only what these tools add. llama.cpp comes
-# as the binary for Linux on x86-64 and needs node 20; without it its tests are skipped.
+# It sees lmlib and the packages of .venv by a .pth file, and holds only what these tools add.
+# llama.cpp comes as the binary for Linux on x86-64 and needs node 20; without it its tests are
+# skipped.
 $(ECOSYSTEM)/ready: $(VENV)/ready-dev requirements-ecosystem.txt
 	$(RUN) -m venv --clear $(ECOSYSTEM)
-	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > \
+	$(RUN) -c 'import site; print(site.getsitepackages()[0], "$(CURDIR)", sep="\n")' > \
 		$$($(ECOSYSTEM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements-ecosystem.txt -c requirements-dev.txt
