@@ -47,7 +47,7 @@ class Figure(go.FigureWidget):
             }
         }
     }"""
-    _code = traitlets.Unicode().tag(sync=True)  # the model's id
+    _code = traitlets.Unicode().tag(sync=True)  # the id of the widget that holds Plotly's code
 
     def __init__(self, figure: go.Figure):
         super().__init__(figure)
@@ -60,6 +60,7 @@ class Figure(go.FigureWidget):
 
 @cache
 def shared_code() -> Code:
+    """Return the one widget of this kernel that holds Plotly's code."""
     return Code()
 
 
